@@ -1,0 +1,3273 @@
+# SPDX-License-Identifier: MIT
+"""
+Stream the words of a language model: at once, exactly once, and whole.
+
+    import sheepsse
+
+    for text in sheepsse.stream("Explain SSE in three sentences", model="deepseek-chat"):
+        print(text, end="", flush=True)
+
+Blocking, one file, on ``requests``. Install it, or copy this file next to a script.
+
+The way of the data, each arrow a plain generator function that a script can call on what it already has::
+
+    requests.Response --iter_bytes--> blocks --iter_events--> ServerSentEvent --iter_chunks--> Chunk --iter_text--> str
+
+The file is read from top to bottom; a section uses only those above it:
+
+    1  Compatibility   what differs between the versions of urllib3
+    2  Errors          what failed, whether to try again, what was received
+    3  Values          immutable data and the one fold over it
+    4  Framing         a response's bytes as they arrive; bytes to events and back
+    5  Dialects        what each API's requests, events and errors look like
+    7  Policies        when to wait, when to give up
+    8  Transport       sockets that know their limits; the Retry-backed session; a plain EventSource client
+    9  Resume          the same chunks across lost connections
+    11 Client          the sections above put together; the only one that opens sockets to a model
+    14 Command line    ``python -m sheepsse "prompt"``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import io
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import socket
+import sys
+import threading
+import time
+from http.client import HTTPResponse as _HTTPResponse
+from http.client import IncompleteRead as _IncompleteRead
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    Sequence,
+    TypeVar,
+)
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from requests.auth import AuthBase
+from requests.structures import CaseInsensitiveDict
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.util.retry import RequestHistory
+from urllib3.util.retry import Retry as _Urllib3Retry
+
+if TYPE_CHECKING:
+    from decimal import Decimal
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DIALECTS",
+    "PROVIDERS",
+    "RETRYABLE_STATUS",
+    "AuthenticationError",
+    "Chunk",
+    "Client",
+    "Completion",
+    "ConnectError",
+    "Dialect",
+    "Health",
+    "InvalidRequestError",
+    "InvalidStreamError",
+    "ModelNotFoundError",
+    "Provider",
+    "QuotaError",
+    "RateLimitError",
+    "ResumePoint",
+    "Retry",
+    "SSEClient",
+    "SSEDecoder",
+    "ServerError",
+    "ServerSentEvent",
+    "SheepError",
+    "Stream",
+    "StreamCancelled",
+    "StreamError",
+    "StreamInterrupted",
+    "StreamStats",
+    "StreamTimeout",
+    "ToolCall",
+    "Usage",
+    "collect",
+    "complete",
+    "encode_event",
+    "iter_bytes",
+    "iter_chunks",
+    "iter_events",
+    "iter_json_lines",
+    "iter_sse",
+    "iter_text",
+    "main",
+    "parse_line",
+    "session",
+    "stream",
+]
+
+_log = logging.getLogger("sheepsse")
+_log.addHandler(logging.NullHandler())
+
+_T = TypeVar("_T")
+
+
+# ============================================================================================================
+# 1. Compatibility: one name per thing that differs between urllib3 1.26 and 2.x. May know nothing of the rest
+# ============================================================================================================
+
+_BLOCK = 65536
+_HAS_READ1 = hasattr(urllib3.HTTPResponse, "read1")  # since urllib3 2.2
+
+
+def _reader(response: requests.Response) -> Callable[[], bytes]:
+    """A function that gives the next bytes of the body as soon as there are any, and b"" at its end"""
+    raw = response.raw
+    if getattr(response, "_content_consumed", False):  # read already, by requests.get() without stream=True
+        return _next_of(response.iter_content(_BLOCK))
+    if not isinstance(raw, urllib3.HTTPResponse):  # another library's: a byte at a time is slow, but never late
+        return _next_of(response.iter_content(1))
+    if _HAS_READ1:
+        return lambda: raw.read1(_BLOCK, decode_content=True)
+    return _OldReader(raw)
+
+
+def _next_of(blocks: Iterator[bytes]) -> Callable[[], bytes]:
+    return lambda: next(blocks, b"")
+
+
+class _OldReader:
+    """What read1 does from urllib3 2.2 on, for the versions before it
+
+    Their own ways wait: read(n) and stream(n) for n bytes, or for the end of a body that is not chunked. So this
+    takes http.client's read1, and adds what urllib3 adds: its errors, its decoding, the connection's way back to
+    the pool. Content-Length is counted here because 1.26 does not mind a short body.
+    """
+
+    def __init__(self, raw: Any) -> None:
+        raw._init_decoder()
+        self._raw = raw
+        self._left: int | None = None if raw.chunked else raw.length_remaining
+        self._read = 0
+
+    def __call__(self) -> bytes:
+        while True:
+            data = self._read1()
+            decoded: bytes = self._raw._decode(data, True, not data)
+            if decoded or not data:
+                return decoded
+
+    def _read1(self) -> bytes:
+        raw = self._raw
+        if raw._fp is None or getattr(raw._fp, "closed", False):
+            return b""
+        with raw._error_catcher():
+            data: bytes = raw._fp.read1(_BLOCK if self._left is None else min(_BLOCK, self._left))
+            self._read += len(data)
+            if self._left is not None:
+                self._left -= len(data)
+                if not data and self._left:
+                    raise _IncompleteRead(b"", self._left)
+            if not data or self._left == 0:  # http.client itself closes only at the read after the last
+                raw._fp.close()
+        return data
+
+
+def _socket_of(response: requests.Response) -> socket.socket | None:
+    """The socket under a response that another's session made, or None where it cannot be found"""
+    raw = response.raw
+    found = getattr(getattr(raw, "_connection", None), "sock", None)
+    if found is None:  # with "Connection: close" only the response still holds it
+        buffered = getattr(getattr(raw, "_fp", None), "fp", None)
+        found = getattr(getattr(buffered, "raw", None), "_sock", None)
+    return found
+
+
+# ============================================================================================================
+# 2. Errors: what failed, whether to try again, what was received. May use: Compatibility
+# ============================================================================================================
+
+#: HTTP statuses after which the same request may be sent again
+RETRYABLE_STATUS: frozenset[int] = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
+
+
+class SheepError(requests.RequestException):
+    """What every error of this module is; ``except requests.RequestException`` catches it too
+
+    Survives pickling as what it is, without ``request`` and ``response``. Holds no key: the headers of
+    ``request`` and ``response.request`` have theirs taken out.
+    """
+
+    #: a short fixed name for programs, as ``RATE_LIMIT``
+    code: str = "ERROR"
+    #: whether the same request may succeed when it is sent again
+    retryable: bool = False
+    #: seconds after which the server asks to be tried again, or None
+    retry_after: float | None = None
+    #: the vendor's id of the request where it gave one, else the X-Request-ID that was sent
+    request_id: str | None = None
+    #: the HTTP status, or None
+    status: int | None = None
+    #: what the vendor calls the error, as it was sent, or None
+    vendor_code: str | int | None = None
+    #: all that was received before the error; an empty Completion where nothing was
+    partial: Completion
+    #: what the server itself said of retrying (x-should-retry), or None
+    _server_says: bool | None = None
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        code: str | None = None,
+        retryable: bool | None = None,
+        retry_after: float | None = None,
+        request_id: str | None = None,
+        status: int | None = None,
+        vendor_code: str | int | None = None,
+        partial: Completion | None = None,
+        request: Any = None,
+        response: Any = None,
+    ) -> None:
+        super().__init__(message, request=request, response=response)
+        given = {
+            "code": code,
+            "retryable": retryable,
+            "retry_after": retry_after,
+            "request_id": request_id,
+            "status": status,
+            "vendor_code": vendor_code,
+            "partial": partial,
+        }
+        self.__dict__.update({name: value for name, value in given.items() if value is not None})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # RequestException would pickle the request, and with it the key
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("request", "response")}
+        return _unpickle_error, (type(self), self.args, kept)
+
+
+def _unpickle_error(kind: type[SheepError], args: tuple[Any, ...], attributes: dict[str, Any]) -> SheepError:
+    error = kind(*args)
+    error.__dict__.update(attributes)
+    return error
+
+
+class AuthenticationError(SheepError):
+    """The key is missing, a placeholder, or refused (401, 403)"""
+
+    code = "AUTH_ERROR"
+
+
+class QuotaError(SheepError):
+    """The account's money or quota is spent (402, or a 429 that says so); never retried"""
+
+    code = "QUOTA_EXCEEDED"
+
+
+class RateLimitError(SheepError):
+    """Too many requests or tokens for now (429)"""
+
+    code = "RATE_LIMIT"
+    retryable = True
+
+
+class ModelNotFoundError(SheepError):
+    """The provider does not know the model, or not for this key"""
+
+    code = "MODEL_NOT_FOUND"
+
+
+class InvalidRequestError(SheepError):
+    """The request cannot be served as it is: any other 4xx, any 3xx, or refused before it was sent"""
+
+    code = "INVALID_REQUEST"
+
+
+class ServerError(SheepError):
+    """The provider failed or is overloaded (408, 409, 5xx)"""
+
+    code = "SERVER_ERROR"
+    retryable = True
+
+
+class ConnectError(SheepError, requests.ConnectionError):
+    """No connection, no address for the name, no TLS, or dropped before the answer began"""
+
+    code = "NETWORK_ERROR"
+    retryable = True
+
+
+class StreamTimeout(SheepError, requests.Timeout):
+    """No byte for the read time-out, no chunk for ``first_timeout`` or ``idle_timeout``, or the deadline passed"""
+
+    code = "TIMEOUT"
+    retryable = True
+
+
+class InvalidStreamError(SheepError):
+    """The answer is not a stream this dialect knows: HTML, other JSON, an event over the size limit, broken data"""
+
+    code = "INVALID_SSE_FORMAT"
+
+
+class StreamError(SheepError):
+    """The provider reported an error inside the stream; ``code`` is the vendor's word where it sent one"""
+
+    code = "STREAM_ERROR"
+
+
+class StreamInterrupted(SheepError):
+    """The stream ended before its end marker; ``partial`` keeps what came"""
+
+    code = "CONNECTION_LOST"
+    retryable = True
+    #: where the stream was lost
+    resume_point: ResumePoint
+
+
+class StreamCancelled(SheepError):
+    """``cancel()`` was called; ``partial`` keeps what came"""
+
+    code = "CANCELLED"
+
+
+_HIDDEN = "[hidden]"
+#: headers that carry keys, at any of the vendors
+_KEY_HEADERS = frozenset(
+    {"authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie", "set-cookie"}
+)
+
+
+def _hide(text: str, secrets: Iterable[str]) -> str:
+    """The text without any of the secrets"""
+    for secret in secrets:
+        text = text.replace(secret, _HIDDEN)
+    return text
+
+
+def _hide_request(request: Any) -> Any:
+    """A copy of a prepared request whose headers hold no key; None stays None"""
+    if request is None or not hasattr(request, "headers"):
+        return request
+    copied = request.copy()
+    for name in copied.headers or ():
+        if name.lower() in _KEY_HEADERS:
+            copied.headers[name] = _HIDDEN
+    return copied
+
+
+def _hide_error(error: SheepError, secrets: Iterable[str]) -> None:
+    """Takes the secrets out of an error, and the errors behind it away where they show one
+
+    Servers repeat keys in their messages; libraries put header values into theirs.
+    """
+    error.args = tuple(_hide(argument, secrets) for argument in error.args)
+    error.request = _hide_request(error.request)
+    for name in ("code", "vendor_code", "request_id"):
+        value = getattr(error, name)
+        if isinstance(value, str):
+            setattr(error, name, _hide(value, secrets))
+    for behind in _chain(error)[1:]:
+        if _hide(repr(behind), secrets) != repr(behind):
+            error.__cause__ = error.__context__ = None
+            return
+        if isinstance(behind, requests.RequestException):
+            behind.request = _hide_request(behind.request)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and those behind it, the first cause last"""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    return chain
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the headers of an answer ask to wait, or None; what is malformed asks nothing
+
+    ``retry-after-ms`` first (OpenAI, Azure), but not when it is 0: Azure sends that beside a valid ``Retry-After``.
+    Then ``Retry-After``, RFC 9110 section 10.2.3: seconds, here also fractional, or a date.
+    """
+    milliseconds = _number(headers.get("retry-after-ms"))
+    if milliseconds:
+        return milliseconds / 1000
+    value = headers.get("retry-after")
+    seconds = _number(value)
+    if seconds is None and value:
+        date = _http_date(value)
+        seconds = None if date is None else max(0.0, date - time.time())
+    return seconds
+
+
+def _number(text: str | None) -> float | None:
+    match = re.match(r"\s*([0-9]{1,12}(?:\.[0-9]{0,9})?)\s*$", text or "", re.ASCII)
+    return float(match.group(1)) if match else None
+
+
+def _http_date(text: str) -> float | None:
+    try:  # email.utils gives None before Python 3.10 and raises from then on
+        date = email.utils.parsedate_tz(text)
+        return None if date is None else float(email.utils.mktime_tz(date))
+    except (ValueError, OverflowError):
+        return None
+
+
+# ============================================================================================================
+# 3. Values: immutable data and the one fold over it. May use: Errors
+# ============================================================================================================
+
+
+class ServerSentEvent(NamedTuple):
+    """One event of a stream, as the WHATWG event stream interpretation gives it"""
+
+    event: str = "message"
+    data: str = ""
+    #: the last event id in force, also where this event did not set it
+    id: str = ""
+    #: the reconnection time in milliseconds that this event's block set, or None
+    retry: int | None = None
+
+
+class ToolCall(NamedTuple):
+    """A call of a tool: in a Chunk the part that it brought, in a Completion the whole"""
+
+    #: the position among the calls of an answer: parts with one index belong together
+    index: int = 0  # type: ignore[assignment]  # the field's own term; tuple.index is not of use here
+    id: str = ""
+    name: str = ""
+    #: the arguments as text, as they were sent
+    arguments: str = ""
+
+    @property
+    def parsed(self) -> Any:
+        """What the arguments say, ``{}`` for none; InvalidStreamError where they are not whole JSON"""
+        if not self.arguments.strip():
+            return {}
+        try:
+            return json.loads(self.arguments)
+        except ValueError as error:
+            raise InvalidStreamError(
+                f"the arguments of tool call {self.name!r} are not whole JSON: {_excerpt(self.arguments)}"
+            ) from error
+
+
+class Usage(NamedTuple):
+    """What a request took, in tokens; counts are inclusive, and 0 where the provider says nothing"""
+
+    #: all input, cached or not
+    input_tokens: int = 0
+    #: all output, reasoning included
+    output_tokens: int = 0
+    total_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    reasoning_tokens: int = 0
+    #: what the provider says it charged, in its own currency (US dollars at all that do), or None
+    cost: Decimal | None = None
+    #: who counted: "provider"
+    source: str = "provider"
+
+
+class Chunk(NamedTuple):
+    """One step of an answer"""
+
+    text: str = ""
+    reasoning: str = ""
+    refusal: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    #: why this choice ended, in the vendor's word, or None while it goes on
+    finish_reason: str | None = None
+    #: the same in a common word: stop, length, tool_calls, refusal or other
+    finish: str | None = None
+    usage: Usage | None = None
+    #: the choice or candidate this belongs to
+    index: int = 0  # type: ignore[assignment]
+    #: the id of the event it came in, "" where there is none
+    event_id: str = ""
+    #: the event's data, parsed
+    raw: Any = None
+    #: the answer's id and model, where the event named them
+    id: str = ""
+    model: str = ""
+
+
+class Completion(NamedTuple):
+    """An answer, or what came of it"""
+
+    text: str = ""
+    reasoning: str = ""
+    refusal: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    model: str = ""
+    id: str = ""
+    #: False after an error, a cancel or an early end
+    complete: bool = False
+
+
+class ResumePoint(NamedTuple):
+    """Where a stream was lost; plain data, which JSON can carry"""
+
+    #: the id of the last event received, "" where the server sends none
+    event_id: str = ""
+    #: tokens received by the provider's count, or None where it gave none
+    tokens_received: int | None = None
+    #: characters of text received
+    chars_received: int = 0
+
+
+SheepError.partial = Completion()
+StreamInterrupted.resume_point = ResumePoint()
+
+
+class _Answer:
+    """The fold: what the chunks of one choice say together, so far"""
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.refusal: list[str] = []
+        self.tool_calls: dict[int, tuple[str, str, list[str]]] = {}
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+        self.model = ""
+        self.id = ""
+        self.event_id = ""
+        self.complete = False
+        #: whether a piece of text, reasoning, refusal or tool call has been given out, of any choice
+        self.given = False
+
+    def add(self, chunk: Chunk) -> None:
+        if chunk.text or chunk.reasoning or chunk.refusal or chunk.tool_calls:
+            self.given = True
+        if chunk.usage is not None:  # cumulative where it is repeated: the last one counts
+            self.usage = chunk.usage
+        if chunk.id and not self.id:
+            self.id = chunk.id
+        if chunk.model and not self.model:
+            self.model = chunk.model
+        if chunk.event_id:
+            self.event_id = chunk.event_id
+        if chunk.index == self.index:
+            self._add_choice(chunk)
+
+    def _add_choice(self, chunk: Chunk) -> None:
+        if chunk.text:
+            self.text.append(chunk.text)
+        if chunk.reasoning:
+            self.reasoning.append(chunk.reasoning)
+        if chunk.refusal:
+            self.refusal.append(chunk.refusal)
+        if chunk.finish_reason:
+            self.finish_reason = chunk.finish_reason
+        for call in chunk.tool_calls:
+            # id and name come once; later parts carry none, or empty ones (Qwen)
+            id, name, arguments = self.tool_calls.get(call.index, ("", "", []))
+            arguments.append(call.arguments)
+            self.tool_calls[call.index] = (id or call.id, name or call.name, arguments)
+
+    def calls(self) -> tuple[ToolCall, ...]:
+        return tuple(
+            ToolCall(index, id, name, "".join(arguments))
+            for index, (id, name, arguments) in sorted(self.tool_calls.items())
+        )
+
+    def completion(self) -> Completion:
+        return Completion(
+            text="".join(self.text),
+            reasoning="".join(self.reasoning),
+            refusal="".join(self.refusal),
+            tool_calls=self.calls(),
+            finish_reason=self.finish_reason,
+            usage=self.usage,
+            model=self.model,
+            id=self.id,
+            complete=self.complete,
+        )
+
+    def resume_point(self) -> ResumePoint:
+        return ResumePoint(
+            event_id=self.event_id,
+            tokens_received=None if self.usage is None else self.usage.output_tokens,
+            chars_received=sum(map(len, self.text)),
+        )
+
+
+def collect(chunks: Iterable[Chunk], index: int = 0) -> Completion:
+    """The whole answer that chunks make, for the choice ``index``
+
+    It is ``complete`` when ``chunks`` ends without an error, as ``iter_chunks`` does only for a whole stream.
+    """
+    answer = _Answer(index)
+    for chunk in chunks:
+        answer.add(chunk)
+    answer.complete = True
+    return answer.completion()
+
+
+def iter_text(chunks: Iterable[Chunk]) -> Iterator[str]:
+    """The pieces of text of choice 0, none of them empty"""
+    for chunk in chunks:
+        if chunk.text and chunk.index == 0:
+            yield chunk.text
+
+
+def _excerpt(text: str | bytes, limit: int = 200) -> str:
+    """The beginning of something, on one line, for a message"""
+    if isinstance(text, bytes):
+        text = text[: 4 * limit].decode("utf-8", "replace")
+    short = " ".join(text[: 2 * limit].split())
+    return repr(short if len(short) <= limit else short[:limit] + "...")
+
+
+# ============================================================================================================
+# 4. Framing: a response's bytes as they arrive; bytes to events and back. May use: Values and above
+# ============================================================================================================
+
+#: the largest event that is held in memory, unless a caller says otherwise
+_MAX_EVENT_SIZE = 8 * 1024 * 1024
+
+
+def iter_bytes(response: requests.Response) -> Iterator[bytes]:
+    """The body of a response, decompressed, each block as soon as it arrives
+
+    For chunked, Content-Length, close-delimited and gzip bodies alike; the response must come from a request
+    with ``stream=True``. What was received before a failure is given out before the failure is raised:
+    StreamInterrupted for a connection lost or a body shorter than its Content-Length, StreamTimeout for a
+    read time-out, InvalidStreamError for a body that cannot be decompressed.
+    """
+    read = _reader(response)
+    while True:
+        try:
+            block = read()
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise _body_error(error) from error
+        if not block:
+            return
+        yield block
+
+
+def _body_error(error: Exception) -> SheepError:
+    """What a failure to read a body means, in either library's words"""
+    if isinstance(error, SheepError):
+        return error
+    if isinstance(error, (urllib3.exceptions.DecodeError, requests.exceptions.ContentDecodingError)):
+        return InvalidStreamError(f"the body cannot be decompressed as its Content-Encoding says: {error}")
+    # requests wraps a time-out inside the body as ConnectionError(ReadTimeoutError)
+    if isinstance(error, (urllib3.exceptions.ReadTimeoutError, socket.timeout)) or (
+        isinstance(error, requests.ConnectionError)
+        and isinstance(error.args[:1] and error.args[0], urllib3.exceptions.ReadTimeoutError)
+    ):
+        return StreamTimeout("no byte came for the read time-out")
+    return StreamInterrupted(f"the connection was lost in the middle of the answer ({error})")
+
+
+def _until_failure(blocks: Iterable[_T], failure: list[SheepError]) -> Iterator[_T]:
+    """The same blocks; a failure to get the next one ends them, and is left in ``failure``"""
+    iterator = iter(blocks)
+    while True:
+        try:
+            block = next(iterator)
+        except StopIteration:
+            return
+        except SheepError as error:
+            failure.append(error)
+            return
+        yield block
+
+
+def parse_line(line: str | bytes) -> tuple[str, str] | None:
+    """The field and value of one line of an event stream; None for a blank line or a comment
+
+    Takes a line in any state, with or without its line end, and never raises: invalid UTF-8 is replaced, a line
+    without a colon is a field with an empty value, one leading space of a value is removed.
+    WHATWG HTML, section 9.2.6 "Interpreting an event stream".
+    """
+    encoded = line.encode("utf-8", "surrogatepass") if isinstance(line, str) else bytes(line)
+    field, value = _split_line(encoded.rstrip(b"\r\n"))
+    return (_decode(field), _decode(value)) if field else None
+
+
+def _split_line(line: bytes) -> tuple[bytes, bytes]:
+    """The field, empty for a comment, and its value"""
+    field, _, value = line.partition(b":")
+    return field, value[1:] if value[:1] == b" " else value
+
+
+def _decode(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
+
+
+class SSEDecoder:
+    """Bytes in, events out: the WHATWG event stream algorithm, over blocks cut anywhere
+
+    Cost is linear in the input however it is cut. An event is given out as soon as the first byte of its blank
+    line is in. An event, or a line, of more than ``max_event_size`` bytes is an InvalidStreamError, raised when
+    the events before it have been given out; memory is bounded by that size. Belongs to one thread.
+    """
+
+    def __init__(self, max_event_size: int = _MAX_EVENT_SIZE, last_event_id: str = "") -> None:
+        #: the id that a reconnecting client sends back, as of the last blank line
+        self.last_event_id = last_event_id
+        #: the reconnection time in milliseconds that the server set last, or None
+        self.retry: int | None = None
+        self._max_event_size = max_event_size
+        self._failure: InvalidStreamError | None = None
+        self._first_line = True
+        self._after_cr = False
+        self._open: list[bytes] = []  # the pieces of a line whose end is not in yet
+        self._open_size = 0
+        self._data: list[bytes] = []
+        self._size = 0  # of the fields of the event that is not ended yet
+        self._event = b""
+        self._id = last_event_id.encode("utf-8")
+        self._event_retry: int | None = None
+
+    def feed(self, block: bytes) -> list[ServerSentEvent]:
+        """The events that this block completes"""
+        if self._failure:
+            raise self._failure
+        if self._after_cr and block:
+            self._after_cr = False
+            if block[:1] == b"\n":
+                block = block[1:]
+        if not block:
+            return []
+        lines = block.splitlines()  # on bytes: at CR, LF and CRLF, and nowhere else
+        self._after_cr = block[-1:] == b"\r"
+        rest = b"" if block[-1:] in b"\r\n" else lines.pop()
+        if lines and self._open:
+            lines[0] = b"".join(self._open) + lines[0]
+            self._open, self._open_size = [], 0
+        return self._take(lines, rest)
+
+    def _take(self, lines: list[bytes], rest: bytes) -> list[ServerSentEvent]:
+        events: list[ServerSentEvent] = []
+        try:
+            for line in lines:
+                self._check_size(len(line))
+                if line:
+                    self._line(line)
+                else:
+                    self._blank_line(events)
+            if rest:
+                self._open.append(rest)
+                self._open_size += len(rest)
+                self._check_size(self._open_size)
+        except InvalidStreamError as error:
+            self._failure = error
+            self._open, self._data = [], []
+            if not events:  # else at the next call, so that these are not lost
+                raise
+        return events
+
+    def _check_size(self, more: int) -> None:
+        if self._size + more > self._max_event_size:
+            raise InvalidStreamError(
+                f"an event of the stream is larger than {self._max_event_size} bytes; "
+                "raise max_event_size if that is meant"
+            )
+
+    def _line(self, line: bytes) -> None:
+        if self._first_line:
+            self._first_line = False
+            if line[:3] == b"\xef\xbb\xbf":
+                line = line[3:]
+        field, value = _split_line(line)
+        if field == b"data":
+            self._data.append(value)
+            self._size += len(line)
+        elif field == b"event":
+            self._event = value
+        elif field == b"id":
+            if b"\0" not in value:
+                self._id = value
+        elif field == b"retry" and value.isdigit():  # bytes.isdigit knows ASCII digits only
+            self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits are for ever too
+
+    def _blank_line(self, events: list[ServerSentEvent]) -> None:
+        self._first_line = False
+        # an id takes effect also where its block has no data
+        self.last_event_id = _decode(self._id)
+        if self._data:
+            event = _decode(self._event) or "message"
+            events.append(
+                ServerSentEvent(event, _decode(b"\n".join(self._data)), self.last_event_id, self._event_retry)
+            )
+        self._data, self._size, self._event, self._event_retry = [], 0, b"", None
+
+    def flush(self) -> list[ServerSentEvent]:
+        """The last event where it lacks only its blank line, at the end of the input
+
+        The specification drops an event that is not ended, and so does this, unless its data is ``[DONE]`` or a
+        whole JSON object or array: those cannot be the beginning of something longer.
+        """
+        if self._failure:
+            raise self._failure
+        line = b"".join(self._open)
+        self._open, self._open_size = [], 0
+        if line[:1] != b":":  # what a comment would have said does not matter
+            if line and _split_line(line)[0] != b"data":
+                self._data = []  # an event name or an id that may be cut short
+            elif line:
+                self._line(line)
+        events: list[ServerSentEvent] = []
+        if self._data and _is_whole(_decode(b"\n".join(self._data))):
+            self._blank_line(events)
+        self._data = []
+        return events
+
+
+def _is_whole(data: str) -> bool:
+    """Whether data says by itself that nothing is missing at its end"""
+    data = data.strip()
+    if data == "[DONE]":
+        return True
+    if data[-1:] not in ("}", "]"):
+        return False
+    try:
+        return isinstance(json.loads(data), (dict, list))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _blocks_of(source: requests.Response | Iterable[bytes]) -> Iterable[bytes]:
+    # iter_content is what tells a response of any requests-shaped library from its bare bytes
+    return iter_bytes(source) if hasattr(source, "iter_content") else source  # type: ignore[arg-type]
+
+
+def _decoded(blocks: Iterable[bytes], decoder: SSEDecoder | _JSONDecoder) -> Iterator[ServerSentEvent]:
+    failure: list[SheepError] = []
+    for block in _until_failure(blocks, failure):
+        yield from decoder.feed(block)
+    yield from decoder.flush()
+    if failure:
+        raise failure[0]
+
+
+def iter_events(
+    source: requests.Response | Iterable[bytes], *, max_event_size: int = _MAX_EVENT_SIZE
+) -> Iterator[ServerSentEvent]:
+    """The events of a ``text/event-stream`` body, from a response or from any blocks of bytes
+
+    An event lost in its middle at the end is dropped (see SSEDecoder.flush). Raises what iter_bytes and
+    SSEDecoder raise, after the events that came before.
+    """
+    return _decoded(_blocks_of(source), SSEDecoder(max_event_size))
+
+
+def iter_json_lines(
+    source: requests.Response | Iterable[bytes], *, max_event_size: int = _MAX_EVENT_SIZE
+) -> Iterator[ServerSentEvent]:
+    """The objects of an NDJSON body, or of a JSON array, as events: each as soon as its last byte is in
+
+    InvalidStreamError for what is not JSON objects, after the events before it; an object cut off at the end is
+    dropped. Raises what iter_bytes raises, after the events that came before.
+    """
+    return _decoded(_blocks_of(source), _JSONDecoder(max_event_size))
+
+
+class _JSONDecoder:
+    """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
+
+    #: what can change where a brace stands: a string's end or an escape inside it, else quotes and braces
+    _IN_STRING = re.compile(rb'["\\]')
+    _OUTSIDE = re.compile(rb'["{}]')
+    #: what may stand between two objects
+    _BETWEEN = re.compile(rb"[\s,\[\]]*")
+
+    def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
+        self._max_event_size = max_event_size
+        self._failure: InvalidStreamError | None = None
+        self._pieces: list[bytes] = []  # of the object that is not whole yet
+        self._size = 0
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+        self._bom = b"\xef\xbb\xbf"
+
+    def feed(self, block: bytes) -> list[ServerSentEvent]:
+        if self._failure:
+            raise self._failure
+        events: list[ServerSentEvent] = []
+        position = 0
+        try:
+            while position < len(block):
+                position = self._inside(block, position, events) if self._depth else self._between(block, position)
+        except InvalidStreamError as error:
+            self._failure = error
+            self._pieces = []
+            if not events:
+                raise
+        return events
+
+    def _between(self, block: bytes, position: int) -> int:
+        """Where the next object begins in the block"""
+        while self._bom and block[position : position + 1] == self._bom[:1]:
+            position, self._bom = position + 1, self._bom[1:]
+        match = self._BETWEEN.match(block, position)
+        position = match.end() if match else position
+        if position < len(block):
+            self._bom = b""
+            if block[position : position + 1] != b"{":
+                raise InvalidStreamError(f"expected JSON objects, got {_excerpt(block[position:])}")
+            self._depth, position = 1, position + 1
+            self._pieces, self._size = [b"{"], 1
+        return position
+
+    def _inside(self, block: bytes, start: int, events: list[ServerSentEvent]) -> int:
+        """Reads on to the end of the object or of the block, and says how far that was"""
+        position = start
+        while self._depth:
+            if self._escaped:  # the byte after a backslash means nothing
+                self._escaped = False
+                position += 1
+            match = (self._IN_STRING if self._in_string else self._OUTSIDE).search(block, position)
+            if match is None:
+                position = len(block)
+                break
+            position = match.end()
+            self._mark(match.group())
+            if self._escaped and position == len(block):
+                break
+        self._keep(block[start:position])
+        if not self._depth:
+            events.append(ServerSentEvent(data=_decode(b"".join(self._pieces))))
+            self._pieces = []
+        return position
+
+    def _mark(self, mark: bytes) -> None:
+        if mark == b"\\":
+            self._escaped = True
+        elif mark == b'"':
+            self._in_string = not self._in_string
+        else:
+            self._depth += 1 if mark == b"{" else -1
+
+    def _keep(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size > self._max_event_size:
+            raise InvalidStreamError(
+                f"a JSON object of the stream is larger than {self._max_event_size} bytes; "
+                "raise max_event_size if that is meant"
+            )
+        self._pieces.append(piece)
+
+    def flush(self) -> list[ServerSentEvent]:
+        if self._failure:
+            raise self._failure
+        return []
+
+
+def _framed(
+    blocks: Iterator[bytes], content_type: str, format: str | None, max_event_size: int
+) -> Iterator[ServerSentEvent]:
+    """The events of an answer, in the framing it has; InvalidStreamError where that is none of ours"""
+    for block in blocks:
+        if not block.isspace():  # what is blank before the first event means nothing in any framing
+            kind = format or _framing(content_type, block.lstrip())
+            decoder = SSEDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
+            yield from _decoded(itertools.chain((block,), blocks), decoder)
+            return
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _framing(content_type: str, start: bytes) -> str:
+    """The framing, sse or json, by the Content-Type, and by the first byte where that is wrong or missing
+
+    No line of an event stream that says anything begins with a brace or a bracket, and no JSON with a letter of
+    a field's name.
+    """
+    media_type, first = _media_type(content_type), start[:1]
+    if first in (b"{", b"["):
+        return "json"
+    if media_type == "text/event-stream" and first != b"<":
+        return "sse"
+    if first in (b":", b"d", b"e", b"i", b"r", b"\xef") and media_type != "text/html":
+        return "sse"
+    raise InvalidStreamError(
+        f"expected Content-Type text/event-stream, got {content_type or 'none'!r} with {_excerpt(start)}; "
+        "is the base URL that of the API?"
+    )
+
+
+_LINE_END = re.compile("\r\n|\r|\n")
+
+
+def encode_event(event: ServerSentEvent) -> bytes:
+    """The bytes of an event: the inverse of SSEDecoder
+
+    No value can forge a second field or event: line ends in ``data`` become several data lines (the format knows
+    one line end, so CR and CRLF come back as LF), and an ``event`` or ``id`` that holds a line end, or an ``id``
+    with a NUL, is a ValueError because the format cannot carry it.
+    """
+    for name, value, unfit in (("event", event.event, "\r\n"), ("id", event.id, "\r\n\0")):
+        if any(character in value for character in unfit):
+            raise ValueError(f"the {name} of an event cannot hold a line end or NUL, got {value!r}")
+    lines = []
+    if event.event not in ("", "message"):
+        lines.append(f"event: {event.event}")
+    if event.id:
+        lines.append(f"id: {event.id}")
+    if event.retry is not None:
+        lines.append(f"retry: {event.retry:d}")
+    lines.extend(f"data: {line}" for line in _LINE_END.split(event.data))
+    return "\n".join([*lines, "", ""]).encode("utf-8", "replace")
+
+
+class SSEClient:
+    """The class of sseclient-py, for scripts that have ``sseclient.SSEClient(source).events()``
+
+    The source is what that class takes: an iterable of bytes with ``close()``, or a requests.Response, whose
+    events come as soon as they arrive. Where sseclient-py departs from the specification this follows the
+    specification: a cut-off last event is dropped, ids persist and are "" where there is none.
+    """
+
+    def __init__(self, event_source: Any, char_enc: str = "utf-8") -> None:
+        if char_enc.lower().replace("_", "-") not in ("utf-8", "utf8"):
+            raise ValueError(f"an event stream is always UTF-8, got char_enc={char_enc!r}")
+        self._source = event_source
+
+    def events(self) -> Iterator[ServerSentEvent]:
+        """The events, each as soon as it is whole"""
+        return _decoded(_blocks_of(self._source), _StrictDecoder())
+
+    def close(self) -> None:
+        """Closes the source"""
+        self._source.close()
+
+
+class _StrictDecoder(SSEDecoder):
+    """Drops what is not ended, as the specification has it, whatever it may be"""
+
+    def flush(self) -> list[ServerSentEvent]:
+        if self._failure:
+            raise self._failure
+        return []
+
+
+# ============================================================================================================
+# 5. Dialects: what each API's requests, events and errors look like. May use: Framing and above
+# ============================================================================================================
+
+
+class Dialect:
+    """How one family of APIs speaks; an instance reads one stream
+
+    A subclass says how a request is written (``path``, ``headers``, ``body``) and what an event means
+    (``chunks``), and is put into ``DIALECTS`` under its name.
+    """
+
+    name = ""
+    #: put after the base URL
+    path = ""
+    #: False for servers that never send an end marker: the end of the body is then the end of the answer
+    require_end = True
+    #: names of events whose data must be readable; others are skipped where it is not
+    event_names: frozenset[str] = frozenset({"message", "error"})
+
+    def __init__(self, choices: int = 1) -> None:
+        #: how many choices the request asked for
+        self.choices = choices
+        #: whether the answer is whole: that the stream ends now loses nothing of it
+        self.whole = False
+        #: whether nothing more can follow
+        self.done = False
+
+    @classmethod
+    def key_headers(cls, key: str) -> dict[str, str]:
+        """The headers that carry the key"""
+        return {"Authorization": f"Bearer {key}"}
+
+    @classmethod
+    def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
+        """The body of a request; ``params`` are the caller's own and stay as they are"""
+        raise NotImplementedError
+
+    @classmethod
+    def optional(cls, stream: bool) -> dict[str, Any]:
+        """What else is asked for, where the caller does not set it and the server does not refuse it"""
+        return {}
+
+    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+        """What an event brings; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
+        raise NotImplementedError
+
+    def load(self, event: ServerSentEvent) -> dict[str, Any] | None:
+        """The JSON object in an event's data, or None where there is nothing to read"""
+        if not event.data.strip():
+            return None
+        try:
+            payload = json.loads(event.data)
+        except (ValueError, RecursionError) as error:
+            if event.event not in self.event_names:
+                return None
+            raise InvalidStreamError(
+                f"expected JSON in the data of a {event.event!r} event, got {_excerpt(event.data)}"
+            ) from error
+        if isinstance(payload, dict):
+            return payload
+        if payload is None or event.event not in self.event_names:
+            return None
+        raise InvalidStreamError(f"expected a JSON object in the data of an event, got {_excerpt(event.data)}")
+
+
+class _OpenAI(Dialect):
+    """OpenAI Chat Completions, and all that copy it
+
+    https://platform.openai.com/docs/api-reference/chat-streaming
+    """
+
+    name = "openai"
+    path = "/chat/completions"
+
+    _FINISH = {
+        "stop": "stop",
+        "length": "length",
+        "tool_calls": "tool_calls",
+        "function_call": "tool_calls",
+        "content_filter": "refusal",
+    }
+
+    def __init__(self, choices: int = 1) -> None:
+        super().__init__(choices)
+        self._finished: dict[int, bool] = dict.fromkeys(range(choices), False)
+        self._begun: set[int] = set()  # choices of which something came
+        self._calls: dict[tuple[int, int], ToolCall] = {}  # the open call of (choice, index as sent)
+        self._call_count: dict[int, int] = {}  # of each choice
+
+    @classmethod
+    def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
+        return {"model": model, "messages": messages, "stream": stream, **params}
+
+    @classmethod
+    def optional(cls, stream: bool) -> dict[str, Any]:
+        # obfuscation is padding against observers of the line, at the price of bytes
+        return {"stream_options": {"include_usage": True, "include_obfuscation": False}} if stream else {}
+
+    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+        if event.data.strip() == "[DONE]":
+            self.whole = self.done = True
+            return
+        payload = self.load(event)
+        if payload is None:
+            return
+        error = _reported_error(payload, event.event == "error")
+        yield from self._payload(payload, event.id or "", error is None)
+        if error is not None:
+            raise _stream_error(error)
+
+    def _payload(self, payload: dict[str, Any], event_id: str, expected: bool) -> Iterator[Chunk]:
+        choices = [choice for choice in _list(payload.get("choices")) if isinstance(choice, dict)]
+        named = Chunk(
+            usage=self._usage(payload, choices),
+            event_id=event_id,
+            raw=payload,
+            id=_text(payload.get("id")),
+            model=_text(payload.get("model")),
+        )
+        if not choices and (expected or named.usage):
+            yield named
+        for choice in choices:
+            yield self._choice(choice, named)
+            if choice.get("finish_reason") == "insufficient_system_resource":
+                raise StreamInterrupted("the server gave up for lack of resources (insufficient_system_resource)")
+        if choices and all(self._finished.values()):
+            self.whole = True
+
+    def _choice(self, choice: dict[str, Any], named: Chunk) -> Chunk:
+        index = _count(choice.get("index"))
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            # one completion instead of a stream; at a stream's end a repetition of all that came
+            delta = choice.get("message") if index not in self._begun else None
+        if not isinstance(delta, dict):
+            delta = {}
+        if delta:
+            self._begun.add(index)
+        reason = choice.get("finish_reason") or None
+        self._finished[index] = bool(reason) or self._finished.get(index, False)
+        text, thought = _content(delta.get("content"))
+        return named._replace(
+            text=text,
+            reasoning=_reasoning(delta) or thought,
+            refusal=_text(delta.get("refusal")),
+            tool_calls=tuple(self._tool_calls(delta, index)),
+            finish_reason=reason,
+            finish=self._FINISH.get(reason, "other") if reason else None,
+            index=index,
+        )
+
+    def _tool_calls(self, delta: dict[str, Any], choice: int) -> Iterator[ToolCall]:
+        parts = _list(delta.get("tool_calls"))
+        if isinstance(delta.get("function_call"), dict):  # what tool_calls were called before
+            parts = [*parts, {"function": delta["function_call"]}]
+        for position, part in enumerate(parts):
+            if isinstance(part, dict):
+                yield self._tool_call(part, choice, position)
+
+    def _tool_call(self, part: dict[str, Any], choice: int, position: int) -> ToolCall:
+        function = part.get("function")
+        function = function if isinstance(function, dict) else {}
+        arguments = function.get("arguments")
+        id = _text(part.get("id"))
+        return ToolCall(
+            index=self._call_index(choice, _count(part.get("index"), position), id),
+            id=id,
+            name=_text(function.get("name")),
+            arguments=json.dumps(arguments) if isinstance(arguments, dict) else _text(arguments),
+        )
+
+    def _call_index(self, choice: int, sent: int, id: str) -> int:
+        """The position of a call; another id at the same position is another call (some send index 0 for all)"""
+        call = self._calls.get((choice, sent))
+        if call is None or (id and call.id and id != call.id):
+            call = ToolCall(self._call_count.get(choice, 0), id)
+            self._call_count[choice] = call.index + 1
+        self._calls[choice, sent] = call._replace(id=call.id or id)
+        return call.index
+
+    @staticmethod
+    def _usage(payload: dict[str, Any], choices: list[dict[str, Any]]) -> Usage | None:
+        places = [payload.get("usage"), _dict(payload.get("x_groq")).get("usage")]  # Groq
+        places.extend(choice.get("usage") for choice in choices)  # Moonshot
+        wire = next((place for place in places if isinstance(place, dict) and place), None)
+        return None if wire is None else _openai_usage(wire)
+
+
+def _openai_usage(wire: dict[str, Any]) -> Usage:
+    """Usage in OpenAI's words, and in those its copies add"""
+    prompt, output = _dict(wire.get("prompt_tokens_details")), _dict(wire.get("completion_tokens_details"))
+    input_tokens, output_tokens = _count(wire.get("prompt_tokens")), _count(wire.get("completion_tokens"))
+    cached = next(
+        (
+            place
+            for place in (
+                prompt.get("cached_tokens"),
+                wire.get("prompt_cache_hit_tokens"),  # DeepSeek
+                wire.get("cached_tokens"),  # Together
+            )
+            if place is not None
+        ),
+        0,
+    )
+    return Usage(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        total_tokens=_count(wire.get("total_tokens"), input_tokens + output_tokens),
+        cache_read_tokens=_count(cached),
+        cache_write_tokens=_count(prompt.get("cache_write_tokens")),
+        reasoning_tokens=_count(output.get("reasoning_tokens")),
+        cost=_money(wire.get("cost")),  # OpenRouter
+    )
+
+
+def _content(content: Any) -> tuple[str, str]:
+    """The text and the reasoning in a content: a str, or a list of parts (Mistral)"""
+    if not isinstance(content, list):
+        return _text(content), ""
+    parts = [part for part in content if isinstance(part, dict)]
+    text = "".join(_text(part.get("text")) for part in parts)
+    thought = "".join(_content(part.get("thinking"))[0] for part in parts if "thinking" in part)
+    return text, thought
+
+
+def _reasoning(delta: dict[str, Any]) -> str:
+    """The reasoning in a delta, once: some send the same under two names"""
+    for name in ("reasoning_content", "reasoning"):
+        if _text(delta.get(name)):
+            return _text(delta.get(name))
+    details = (_dict(detail) for detail in _list(delta.get("reasoning_details")))
+    return "".join(_text(detail.get("text")) or _text(detail.get("summary")) for detail in details)
+
+
+# What a server sends may be anything: each of these gives its type, or the type's nothing
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: Any, default: int = 0) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def _money(value: Any) -> Decimal | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    from decimal import Decimal  # heavy, and few answers carry a cost
+
+    return Decimal(repr(value))
+
+
+DIALECTS: dict[str, type[Dialect]] = {"openai": _OpenAI}
+
+
+def iter_chunks(events: Iterable[ServerSentEvent], dialect: str | type[Dialect] = "auto") -> Iterator[Chunk]:
+    """What a stream of events says, in the words of a dialect
+
+    Events may be ours or those of sseclient-py. Raises StreamError for an event that reports an error,
+    InvalidStreamError for data that cannot be read, StreamInterrupted where the events end without the end
+    marker; each has what came before in ``partial``. ``"auto"`` is ``openai``, the one dialect there is so far.
+    """
+    kind = DIALECTS["openai" if dialect == "auto" else dialect] if isinstance(dialect, str) else dialect
+    return _parsed(events, kind(), _Answer())
+
+
+def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, answer: _Answer) -> Iterator[Chunk]:
+    """The chunks of events, each folded into ``answer`` before it is given out"""
+    try:
+        for event in events:
+            for chunk in dialect.chunks(event):
+                answer.add(chunk)
+                yield chunk
+            if dialect.done:
+                break
+        if dialect.require_end and not dialect.whole:
+            raise StreamInterrupted("the stream ended without its end marker")
+    except (StreamInterrupted, StreamTimeout) as error:
+        if not dialect.whole:  # else only the usage is lost, or the way the connection ends
+            _set_partial(error, answer)
+            raise
+    except SheepError as error:
+        _set_partial(error, answer)
+        raise
+    answer.complete = True
+
+
+def _set_partial(error: SheepError, answer: _Answer) -> None:
+    error.partial = answer.completion()
+    if isinstance(error, StreamInterrupted):
+        error.resume_point = answer.resume_point()
+
+
+class _Reported(NamedTuple):
+    """What an error object says, whichever vendor's shape it has"""
+
+    message: str
+    code: str | int | None = None
+    type: str = ""
+    #: the parts that Gemini and Anthropic put beside the message
+    details: Any = None
+    request_id: str = ""
+
+
+def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
+    """The error in an answer or an event, or None; ``certain`` where it must be one whatever its shape"""
+    if isinstance(payload, list):  # Gemini sends an array of one
+        payload = payload[0] if payload else None
+    if not isinstance(payload, dict):
+        return _Reported(_text(payload)) if certain else None
+    error = payload.get("error")
+    request_id = _text(payload.get("request_id"))
+    if isinstance(error, str) and error:  # Ollama, xAI
+        return _Reported(error, _code(payload.get("code")), "", None, request_id)
+    if not isinstance(error, dict) or not error:
+        if payload.get("object") != "error" and not certain:  # old vLLM
+            return None
+        error = payload
+    return _Reported(
+        message=_error_message(error),
+        code=_code(error.get("code")) or _code(_dict(error.get("details")).get("error_code")),
+        type=_text(error.get("type")) or _text(error.get("status")),
+        details=error.get("details"),
+        request_id=request_id,
+    )
+
+
+def _error_message(error: dict[str, Any]) -> str:
+    for name in ("message", "detail", "msg", "error"):
+        value = error.get(name)
+        if isinstance(value, str) and value:
+            return value
+        if isinstance(value, list) and value:  # FastAPI: [{"msg": ...}]
+            return "; ".join(_text(_dict(item).get("msg")) for item in value)
+    return ""
+
+
+def _code(value: Any) -> str | int | None:
+    return value if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "" else None
+
+
+#: how the vendors call failures of theirs that may pass, in an error inside a stream
+_PASSING = re.compile(
+    r"server_error|internal|overloaded|unavailable|timeout|timed_out|rate_limit|too_many_requests|api_error|exhausted",
+    re.IGNORECASE,
+)
+
+
+def _stream_error(reported: _Reported) -> StreamError:
+    code = reported.code
+    if isinstance(code, int) or (isinstance(code, str) and code.isdigit()):
+        passing = int(code) in RETRYABLE_STATUS
+    else:
+        passing = bool(_PASSING.search(f"{code or ''} {reported.type}"))
+    return StreamError(
+        f"the provider reported an error in the stream: {reported.message or code or 'it did not say which'}",
+        code=code if isinstance(code, str) else None,
+        vendor_code=code if code is not None else reported.type or None,
+        retryable=passing and not _is_quota(429, reported),
+        request_id=reported.request_id or None,
+    )
+
+
+#: error codes and types that mean money or a quota is spent, which no waiting mends
+_QUOTA_CODES = frozenset(
+    {
+        "insufficient_quota",
+        "insufficient_user_quota",
+        "billing_hard_limit_reached",
+        "billing_not_active",
+        "billing_error",
+        "contract_spend_limit_reached",
+        "enforced_spend_limit_reached",
+    }
+)
+_MODEL_CODES = frozenset({"model_not_found", "DeploymentNotFound", "not_found_error"})
+#: a model that is not there, where no code says so (Gemini, Vertex, Ollama, DeepSeek)
+_MODEL_MESSAGE = re.compile(r"\bmodels?\b.*\b(not found|does not exist|not exist)\b", re.IGNORECASE | re.DOTALL)
+#: a key refused with another status than 401 (Gemini, xAI)
+_KEY_MESSAGE = re.compile(r"\bAPI_KEY_INVALID\b|\b(incorrect|invalid) api key\b", re.IGNORECASE)
+
+
+def _is_quota(status: int, reported: _Reported) -> bool:
+    if status == 402 or {str(reported.code), reported.type} & _QUOTA_CODES:
+        return True
+    # Gemini: QuotaFailure.violations[].quotaId ends in PerDay..., RetryInfo notwithstanding
+    return status == 429 and "PerDay" in json.dumps(reported.details)
+
+
+def _error_class(status: int, reported: _Reported) -> type[SheepError]:
+    if _is_quota(status, reported):
+        return QuotaError
+    if status in (401, 403):
+        return AuthenticationError
+    if status == 429:
+        return RateLimitError
+    if status in (408, 409) or status >= 500:
+        return ServerError
+    if status == 400 and _KEY_MESSAGE.search(f"{reported.message} {json.dumps(reported.details)}"):
+        return AuthenticationError
+    if status in (400, 404) and (
+        reported.code in _MODEL_CODES or reported.type in _MODEL_CODES or _MODEL_MESSAGE.search(reported.message)
+    ):
+        return ModelNotFoundError
+    return InvalidRequestError
+
+
+_ADVICE: dict[type[SheepError], str] = {
+    AuthenticationError: "check the API key",
+    QuotaError: "the account's quota or credit is used up: check its plan and billing",
+    RateLimitError: "wait, or send fewer requests at a time",
+    ModelNotFoundError: "check the model's name, and that the key may use it",
+    ServerError: "the provider is failing or overloaded; try again later",
+}
+
+
+def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", where: str = "") -> SheepError:
+    """The error that an answer's status, headers and body mean, in any vendor's shape"""
+    try:
+        payload = json.loads(body)
+    except (ValueError, RecursionError):
+        payload = None
+    reported = _reported_error(payload, certain=payload is not None) or _Reported("")
+    kind = _error_class(status, reported)
+    says = {"true": True, "false": False}.get((headers.get("x-should-retry") or "").strip().lower())
+    request_id = headers.get("x-request-id") or headers.get("request-id") or reported.request_id or None
+    error = kind(
+        _status_message(status, headers, body, reported, kind, where),
+        status=status,
+        retry_after=_retry_after(headers) or _retry_info(reported.details),
+        vendor_code=reported.code if reported.code is not None else reported.type or None,
+        request_id=request_id,
+    )
+    if says is not None and kind not in (AuthenticationError, QuotaError):
+        error.retryable = error._server_says = says
+    return error
+
+
+def _retry_info(details: Any) -> float | None:
+    """Gemini's RetryInfo: ``{"@type": ".../google.rpc.RetryInfo", "retryDelay": "48s"}``"""
+    for detail in _list(details):
+        delay = _text(_dict(detail).get("retryDelay"))
+        if delay.endswith("s"):
+            return _number(delay[:-1])
+    return None
+
+
+def _status_message(
+    status: int, headers: Mapping[str, str], body: bytes, reported: _Reported, kind: type[SheepError], where: str
+) -> str:
+    said = reported.message
+    if 300 <= status < 400:
+        said = f"a redirect to {_public_url(headers.get('location') or '?')}, which a POST does not follow"
+    elif not said:
+        content_type = headers.get("content-type") or "no Content-Type"
+        said = f"{content_type} with {_excerpt(body)}" if body.strip() else "no message"
+    advice = _ADVICE.get(kind) or (f"is {where or 'the base URL'} the right address?" if not reported.message else "")
+    return f"{status} from {where or 'the server'}: {said.strip()}" + (f" ({advice})" if advice else "")
+
+
+def _public_url(url: str) -> str:
+    """A URL without what may be secret in it: user, password, query, fragment"""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+# ============================================================================================================
+# 7. Policies: when to wait, when to give up. May use: Errors and above
+# ============================================================================================================
+
+
+class Retry(_Urllib3Retry):
+    """When a failed request is sent again, and after how long; a ``urllib3.util.Retry``, immutable as that is
+
+    At most ``1 + total`` requests, POST included, each of which may be billed. A request is sent again after a
+    connection or read time-out failed, and after ``statuses``; ``x-should-retry`` of the answer counts over its
+    status. Quota, authentication and invalid requests are never sent again. The wait, in seconds, is what the
+    answer asks for (``retry-after-ms``, ``Retry-After``), unless that is longer than ``max_retry_after``: then
+    the error is raised at once, with its ``retry_after``. Else it is ``base_delay * multiplier**n`` up to
+    ``max_delay``, times a random 0.5 to 1 with ``jitter``; after a 429 without a word at least
+    ``rate_limit_delay`` times the number of the attempt.
+
+    ``should_retry(error, attempt)`` is asked about each failure that may be retried, and gives False, True, or
+    the seconds to wait. ``on_retry(error, attempt, delay)`` is called before a wait, ``on_give_up(error,
+    attempt)`` when a failure is final, ``on_reconnect(attempt, latency)`` when a lost stream has its connection
+    again. Attempts count from 1. ``sleep`` is how ``session()`` waits (``time.sleep`` by default); a Stream
+    waits so that ``cancel()`` can end it, unless ``sleep`` is given. May be shared between threads.
+    """
+
+    def __init__(
+        self,
+        total: int = 5,
+        *,
+        base_delay: float = 0.5,
+        multiplier: float = 2,
+        max_delay: float = 30,
+        jitter: bool = True,
+        rate_limit_delay: float = 5,
+        max_retry_after: float = 120,
+        statuses: Iterable[int] = RETRYABLE_STATUS,
+        should_retry: Callable[[SheepError, int], bool | float] | None = None,
+        on_retry: Callable[[SheepError, int, float], object] | None = None,
+        on_reconnect: Callable[[int, float], object] | None = None,
+        on_give_up: Callable[[SheepError, int], object] | None = None,
+        sleep: Callable[[float], object] | None = None,
+        history: Sequence[RequestHistory] = (),
+        delay: float = 0.0,
+    ) -> None:
+        if total < 0 or min(base_delay, multiplier, max_delay, rate_limit_delay, max_retry_after) < 0:
+            raise ValueError("Retry takes no negative numbers; total=0 switches it off")
+        super().__init__(
+            total=int(total),
+            allowed_methods=None,
+            status_forcelist=frozenset(statuses),
+            raise_on_status=False,
+            history=tuple(history),
+        )
+        self.total: int = int(total)
+        self.base_delay = base_delay
+        self.multiplier = multiplier
+        self.max_delay = max_delay
+        self.jitter = jitter
+        self.rate_limit_delay = rate_limit_delay
+        self.max_retry_after = max_retry_after
+        self.statuses = frozenset(statuses)
+        self.should_retry = should_retry
+        self.on_retry = on_retry
+        self.on_reconnect = on_reconnect
+        self.on_give_up = on_give_up
+        self.sleep_function = sleep
+        #: seconds to wait before the next request, as increment() found
+        self.delay = delay
+
+    def new(self, **changes: Any) -> Retry:
+        """The same policy but for ``changes``"""
+        names = (
+            "total base_delay multiplier max_delay jitter rate_limit_delay max_retry_after statuses should_retry "
+            "on_retry on_reconnect on_give_up history delay"
+        )
+        options = {name: getattr(self, name) for name in names.split()}
+        return type(self)(**{**options, "sleep": self.sleep_function, **changes})
+
+    def wait(self, error: SheepError, attempt: int) -> float | None:
+        """Seconds to wait after attempt number ``attempt`` failed with ``error``, or None to give up
+
+        Sends, sleeps and changes nothing.
+        """
+        if attempt > self.total + len(self.history) or not self._may_retry(error):
+            return None
+        verdict: bool | float = self.should_retry(error, attempt) if self.should_retry else True
+        if verdict is False:
+            return None
+        if verdict is not True:
+            return max(0.0, float(verdict))
+        if error.retry_after:
+            return error.retry_after if error.retry_after <= self.max_retry_after else None
+        delay = self.backoff(attempt)
+        if isinstance(error, RateLimitError):
+            delay = max(delay, self.rate_limit_delay * attempt)
+        return delay
+
+    def _may_retry(self, error: SheepError) -> bool:
+        if not error.retryable:
+            return False
+        return error.status is None or error.status in self.statuses or error._server_says is True
+
+    def backoff(self, attempt: int) -> float:
+        """Seconds to wait after attempt number ``attempt`` where nobody says how long"""
+        try:
+            delay = min(self.base_delay * self.multiplier ** (attempt - 1), self.max_delay)
+        except OverflowError:
+            delay = self.max_delay
+        return delay * random.uniform(0.5, 1.0) if self.jitter else delay
+
+    # What urllib3 calls, for session()
+
+    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
+        return status_code >= 400  # increment() decides: it sees the headers
+
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: Any = None,
+        error: Exception | None = None,
+        _pool: Any = None,
+        _stacktrace: Any = None,
+    ) -> Retry:
+        """The policy for the next request, as urllib3 asks for it; MaxRetryError where there is none"""
+        attempt = len(self.history) + 1
+        status = response.status if response is not None else None
+        failure = _status_error(status, response.headers) if status else ConnectError(str(error))
+        delay = self.wait(failure, attempt)
+        if delay is None:
+            if self.on_give_up:
+                self.on_give_up(failure, attempt)
+            reason = error or urllib3.exceptions.ResponseError(f"{status} is not tried again")
+            raise urllib3.exceptions.MaxRetryError(_pool, url or "", reason) from error
+        if self.on_retry:
+            self.on_retry(failure, attempt, delay)
+        history = (*self.history, RequestHistory(method, url, error, status, None))
+        return self.new(total=self.total - 1, history=history, delay=delay)
+
+    def sleep(self, response: Any = None) -> None:
+        if self.delay > 0:
+            (self.sleep_function or time.sleep)(self.delay)
+
+
+# ============================================================================================================
+# 8. Transport: sockets that know their limits; the Retry-backed session. May use: Policies and above
+# ============================================================================================================
+
+
+class _Wire:
+    """What one thread waits on and any thread may end: a socket, or a pause between two tries
+
+    A time-out of a socket is for each recv alone, so bytes that trickle never run into it. The limits here are
+    kept before each recv, whatever http.client makes of the bytes: status line, headers, chunk sizes, body.
+    """
+
+    def __init__(self, read_timeout: float | None = None, deadline: float | None = None) -> None:
+        #: why the call was ended from outside: "cancelled", "closed", or None
+        self.ended: str | None = None
+        self._read_timeout = read_timeout
+        #: the moments (time.monotonic) at which the call, and the wait for its next chunk, must be over
+        self.deadline = None if deadline is None else time.monotonic() + deadline
+        self.due: float | None = None
+        self._due_reason = ""
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._wake = threading.Event()
+
+    def expect(self, seconds: float | None, reason: str) -> None:
+        """From now on the next chunk must come within so many seconds"""
+        self.due = None if seconds is None else time.monotonic() + seconds
+        self._due_reason = reason
+
+    def attach(self, sock: socket.socket | None) -> None:
+        """Notes the socket that the reader is about to wait on"""
+        with self._lock:
+            self._socket = sock
+        self.check()
+
+    def detach(self, sock: socket.socket) -> None:
+        """Forgets a socket that is read to its end, before it can be another's"""
+        with self._lock:
+            if self._socket is sock:
+                self._socket = None
+
+    def end(self, why: str) -> None:
+        """Ends the wait of the reader, from any thread
+
+        close() would wait for the reader's recv; shutdown() ends that recv, and the reader does the closing.
+        """
+        with self._lock:  # a socket given back to the pool may be another's already
+            self.ended = self.ended or why
+            if self._socket is not None:
+                # OSError: not connected any more. Not SSLSocket's own shutdown: it would let the reader take
+                # ciphertext for text
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        self._wake.set()
+
+    def check(self) -> None:
+        """Raises what http.client and urllib3 take for an end of the connection, when there must be one"""
+        if self.ended:
+            raise ConnectionAbortedError(self.ended)
+        if self.overdue():
+            raise socket.timeout(self.overdue())
+
+    def before_recv(self, sock: socket.socket) -> None:
+        """Checks, and makes the next recv end in time"""
+        self.check()
+        sock.settimeout(self.seconds_left())
+
+    def seconds_left(self) -> float | None:
+        limits = [moment - time.monotonic() for moment in (self.deadline, self.due) if moment is not None]
+        if self._read_timeout is not None:
+            limits.append(self._read_timeout)
+        return max(min(limits), 0.001) if limits else None  # 0 would mean not to wait at all
+
+    def overdue(self) -> str:
+        """Which limit has passed, or nothing"""
+        now = time.monotonic() + 0.001  # a time-out of the system may come that much early
+        if self.deadline is not None and now >= self.deadline:
+            return "the deadline of the call has passed"
+        if self.due is not None and now >= self.due:
+            return self._due_reason
+        return ""
+
+    def pause(self, seconds: float) -> None:
+        """Waits, unless the call is ended meanwhile"""
+        self._wake.wait(seconds)
+
+
+#: the wire of the call that this thread is sending; urllib3 gives no other way to say it to a connection
+_sending = threading.local()
+
+
+class _WireReader(io.RawIOBase):
+    """The bytes of a socket, each recv within the limits of a wire"""
+
+    def __init__(self, sock: Any, mode: str, wire: _Wire) -> None:
+        self._raw = sock.makefile(mode, buffering=0)
+        self._socket = sock
+        self._wire = wire
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._wire.before_recv(self._socket)
+        count: int | None = self._raw.readinto(buffer)
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._wire.detach(self._socket)  # http.client closes this before urllib3 gives the connection back
+            self._raw.close()
+        super().close()
+
+
+class _WireSocket:
+    """What http.client takes from a socket to read a response"""
+
+    def __init__(self, sock: Any, wire: _Wire) -> None:
+        self._socket, self._wire = sock, wire
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_WireReader(self._socket, mode, self._wire))
+
+
+class _WireResponse(_HTTPResponse):
+    """http.client's response, read within the limits of the wire whose request it answers"""
+
+    def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
+        wire = getattr(_sending, "wire", None)
+        source: Any = sock if wire is None else _WireSocket(sock, wire)
+        super().__init__(source, *args, **options)
+
+
+class _WireConnection:
+    """A connection that tells the wire of the request it sends which socket that is"""
+
+    response_class = _WireResponse
+    sock: Any
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]
+        self._tell()
+
+    def putrequest(self, *args: Any, **options: Any) -> Any:
+        self._tell()
+        return super().putrequest(*args, **options)  # type: ignore[misc]
+
+    def _tell(self) -> None:
+        wire = getattr(_sending, "wire", None)
+        if wire is not None and self.sock is not None:
+            wire.attach(self.sock)
+
+
+class _WireHTTPConnection(_WireConnection, HTTPConnection):  # type: ignore[misc]  # typed for urllib3's own only
+    pass
+
+
+class _WireHTTPSConnection(_WireConnection, HTTPSConnection):  # type: ignore[misc]
+    pass
+
+
+class _HTTPPool(HTTPConnectionPool):
+    ConnectionCls = _WireHTTPConnection
+
+
+class _HTTPSPool(HTTPSConnectionPool):
+    ConnectionCls = _WireHTTPSConnection
+
+
+class _WireAdapter(HTTPAdapter):
+    """Never retries by itself, and makes connections that a wire can reach"""
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+    def close(self) -> None:
+        """Closes the idle connections: urllib3 2 would wait for the last response that refers to their pool"""
+        for manager in (self.poolmanager, *self.proxy_manager.values()):
+            keys = manager.pools.keys()  # the container itself cannot be iterated
+            for key in keys:
+                pool = manager.pools.get(key)
+                if pool is not None:
+                    pool.close()
+        super().close()
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **options)
+        if not proxy.lower().startswith("socks"):  # PySocks needs the pools of its own
+            manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        return manager
+
+
+class _Session(requests.Session):
+    """A session whose redirects to another origin carry no key, whichever header holds it"""
+
+    def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
+        super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
+        if self.should_strip_auth(  # type: ignore[no-untyped-call]
+            response.request.url, prepared_request.url
+        ):
+            for name in [name for name in prepared_request.headers if name.lower() in _KEY_HEADERS]:
+                del prepared_request.headers[name]
+
+
+def _mounted(adapter: HTTPAdapter) -> requests.Session:
+    made = _Session()
+    made.mount("https://", adapter)
+    made.mount("http://", adapter)
+    return made
+
+
+def session(retry: Retry | None = None, pool_size: int = 10) -> requests.Session:
+    """A requests.Session that retries by ``retry`` (``Retry()`` by default), for requests of your own
+
+    It acts by status and headers, before the body is read; what it gives up on is returned as the response it
+    is, and a failed connection raises requests' own errors. Keeps up to ``pool_size`` connections to a host.
+    """
+    policy = Retry() if retry is None else retry
+    return _mounted(HTTPAdapter(max_retries=policy, pool_connections=pool_size, pool_maxsize=pool_size))
+
+
+class _KeyAuth(AuthBase):
+    """Sets the headers that carry the key, so that no .netrc entry and no user in the URL replaces them"""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._headers = dict(headers)
+
+    def __call__(self, request: Any) -> Any:
+        request.headers.update(self._headers)
+        return request
+
+
+def _send(
+    via: requests.Session, wire: _Wire, method: str, url: str, connect_timeout: float | None, **options: Any
+) -> requests.Response:
+    """Sends one request, within the limits of the wire; SheepError where no answer comes"""
+    where = _public_url(url)
+    limits = [limit for limit in (connect_timeout, wire.seconds_left()) if limit is not None]
+    timeout = (min(limits, default=None), wire.seconds_left())
+    _sending.wire = wire
+    try:
+        wire.check()
+        return via.request(method, url, stream=True, timeout=timeout, **options)
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
+        raise _connect_error(error, where) from error
+    finally:
+        _sending.wire = None
+
+
+#: what requests raises for a request that cannot be sent as it is
+_UNSENDABLE = (
+    requests.exceptions.InvalidHeader,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.InvalidURL,
+    requests.exceptions.MissingSchema,
+    urllib3.exceptions.LocationValueError,
+    UnicodeError,
+)
+
+
+def _connect_error(error: Exception, where: str) -> SheepError:
+    """What a failure to get an answer means"""
+    if isinstance(error, _UNSENDABLE):
+        return InvalidRequestError(f"the request to {where} cannot be sent: {error}")
+    if isinstance(error, requests.ReadTimeout):
+        return StreamTimeout(f"no answer from {where} for the read time-out")
+    reason = _chain(error)[-1]  # what urllib3 and requests wrap around it says no more
+    failure = ConnectError(f"no connection to {where}: {reason}")
+    if isinstance(error, requests.exceptions.SSLError) and "certificate" in str(error).lower():
+        failure.retryable = False  # it will be no better the next time
+    return failure
+
+
+#: how much of an error's body is read
+_ERROR_BODY = 64 * 1024
+#: seconds that its reading may take
+_ERROR_BODY_TIME = 5.0
+
+
+def _read_some(blocks: Iterable[bytes], limit: int) -> bytes:
+    """The beginning of a body, as far as it comes"""
+    body: list[bytes] = []
+    size = 0
+    for block in _until_failure(blocks, []):
+        body.append(block)
+        size += len(block)
+        if size >= limit:
+            break
+    return b"".join(body)[:limit]
+
+
+def iter_sse(
+    url: str,
+    *,
+    method: str = "GET",
+    session: requests.Session | None = None,
+    last_event_id: str = "",
+    reconnect: bool = True,
+    retry: Retry | None = None,
+    timeout: tuple[float | None, float | None] = (10, 300),
+    headers: Mapping[str, Any] | None = None,
+    max_event_size: int = _MAX_EVENT_SIZE,
+    **options: Any,
+) -> Iterator[ServerSentEvent]:
+    """The events of any server, as a browser's EventSource gives them (WHATWG HTML, section 9.2)
+
+    Reconnects when the connection ends or is lost, with ``Last-Event-ID``, after the time the server set by
+    ``retry:`` (3 seconds at first), until the generator is closed, the server answers 204, or ``retry.total``
+    tries in a row brought no event. An answer that is not 200 with ``text/event-stream`` is an error; one that
+    ``retry`` allows is tried again. ``reconnect=False`` reads one connection. ``options`` go to
+    ``session.request``, ``timeout`` is (connect, seconds without a byte).
+    """
+    source = _EventSource(method, url, last_event_id, max_event_size)
+    policy = Retry() if retry is None else retry
+    via = _mounted(HTTPAdapter()) if session is None else session
+    failures = 0
+    try:
+        while True:
+            failure: SheepError = StreamInterrupted(f"{_public_url(url)} gave no event before it closed")
+            failures += 1
+            try:
+                for event in source.events(via, timeout=timeout, headers=headers, **options):
+                    failures = 0
+                    yield event
+                if source.finished or not reconnect:
+                    return
+            except SheepError as error:
+                failure = error
+                if not reconnect:
+                    raise
+            _reconnection_pause(policy, failure, failures, source.reconnection_time)
+    finally:
+        if session is None:
+            via.close()
+
+
+def _reconnection_pause(policy: Retry, failure: SheepError, failures: int, seconds: float) -> None:
+    """Waits before the next connection, or raises the failure when there have been too many"""
+    if failures or not failure.retryable:
+        delay = policy.wait(failure, max(failures, 1))
+        if delay is None:
+            if policy.on_give_up:
+                policy.on_give_up(failure, failures)
+            raise failure
+        if policy.on_retry:
+            policy.on_retry(failure, failures, max(delay, seconds))
+        seconds = max(delay, seconds)
+    (policy.sleep_function or time.sleep)(seconds)
+
+
+class _EventSource:
+    """What an EventSource remembers from one connection to the next"""
+
+    def __init__(self, method: str, url: str, last_event_id: str, max_event_size: int) -> None:
+        self._method, self._url = method, url
+        self._decoder = _StrictDecoder(max_event_size, last_event_id)
+        self._max_event_size = max_event_size
+        self.reconnection_time = 3.0
+        self.finished = False
+
+    def events(
+        self, via: requests.Session, headers: Mapping[str, Any] | None, timeout: Any, **options: Any
+    ) -> Iterator[ServerSentEvent]:
+        """The events of one connection"""
+        last_event_id = self._decoder.last_event_id
+        sent: dict[str, Any] = {"Accept": "text/event-stream", "Cache-Control": "no-cache", **(headers or {})}
+        if last_event_id:
+            sent["Last-Event-ID"] = last_event_id.encode("utf-8")  # a str would go out as latin-1
+        wire = _Wire(timeout[1])
+        response = _send(via, wire, self._method, self._url, timeout[0], headers=sent, **options)
+        try:
+            if response.status_code == 204:
+                self.finished = True
+                return
+            _require_event_stream(response)
+            # a fresh decoder: what was not ended is dropped with the connection
+            self._decoder = _StrictDecoder(self._max_event_size, last_event_id)
+            yield from _decoded(iter_bytes(response), self._decoder)
+        finally:
+            response.close()
+            if self._decoder.retry is not None:
+                self.reconnection_time = self._decoder.retry / 1000
+
+
+def _require_event_stream(response: requests.Response) -> None:
+    """Raises for an answer that EventSource would not read"""
+    where = _public_url(response.url)
+    if response.status_code != 200:
+        body = _read_some(iter_bytes(response), _ERROR_BODY)
+        raise _status_error(response.status_code, response.headers, body, where)
+    content_type = response.headers.get("Content-Type") or ""
+    if _media_type(content_type) != "text/event-stream":
+        raise InvalidStreamError(f"expected Content-Type text/event-stream from {where}, got {content_type!r}")
+
+
+# ============================================================================================================
+# 9. Resume: the same chunks across lost connections. May use: Transport and above
+# ============================================================================================================
+
+
+def _resumed(
+    read: Callable[[_T], Iterator[Chunk]], restart: Callable[[SheepError], _T], response: _T
+) -> Iterator[Chunk]:
+    """The chunks of a response, and of the next one where the first is lost before anything was given out
+
+    To restart, when there is nothing to repeat, is the one strategy there is so far: ``restart`` gives the next
+    response, or raises the error where it may not.
+    """
+    while True:
+        try:
+            yield from read(response)
+            return
+        except SheepError as error:
+            response = restart(error)
+
+
+# ============================================================================================================
+# 11. Client: the sections above put together; the only one that opens sockets to a model. May use: all above
+# ============================================================================================================
+
+
+class Provider(NamedTuple):
+    """A row of PROVIDERS: where a provider is, and how it is spoken to"""
+
+    base_url: str
+    #: the environment variable of the key
+    key_variable: str
+    dialect: str
+    #: where a key is had
+    key_page: str
+    #: how the names of its models begin; empty where it serves any
+    models: tuple[str, ...] = ()
+    #: what ``check`` asks for: the model list, or an address that needs the key where the list does not
+    check_path: str = "/models"
+
+
+PROVIDERS: dict[str, Provider] = {
+    "holysheep": Provider(
+        "https://api.holysheep.ai/v1", "HOLYSHEEP_API_KEY", "openai", "https://www.holysheep.ai/register"
+    ),
+    "openai": Provider(
+        "https://api.openai.com/v1",
+        "OPENAI_API_KEY",
+        "openai",
+        "https://platform.openai.com/api-keys",
+        ("gpt-", "chatgpt-", "o1", "o3", "o4"),
+    ),
+    "deepseek": Provider(
+        "https://api.deepseek.com",
+        "DEEPSEEK_API_KEY",
+        "openai",
+        "https://platform.deepseek.com/api_keys",
+        ("deepseek-",),
+    ),
+    "openrouter": Provider(
+        "https://openrouter.ai/api/v1",
+        "OPENROUTER_API_KEY",
+        "openai",
+        "https://openrouter.ai/settings/keys",
+        check_path="/key",
+    ),
+    "mistral": Provider(
+        "https://api.mistral.ai/v1",
+        "MISTRAL_API_KEY",
+        "openai",
+        "https://console.mistral.ai/api-keys",
+        ("mistral-", "ministral-", "magistral-", "codestral-", "devstral-", "pixtral-", "open-mi"),
+    ),
+}
+
+_PLACEHOLDER = re.compile(r"\s*|your[_-].*|<.*>|changeme", re.IGNORECASE | re.DOTALL)
+
+
+class _Target(NamedTuple):
+    """Who is asked: the result of all that names a provider"""
+
+    base_url: str
+    dialect: type[Dialect]
+    #: the headers that carry the key
+    key_headers: dict[str, str]
+    check_path: str = "/models"
+
+
+def _provider_of_host(base_url: str) -> str | None:
+    host = urlsplit(base_url).hostname
+    return next((name for name, row in PROVIDERS.items() if urlsplit(row.base_url).hostname == host), None)
+
+
+def _provider_of_environment(model: str | None) -> str:
+    """The first provider whose key is set and that serves the model; else the first whose key is set"""
+    ready = [name for name, row in PROVIDERS.items() if not _is_placeholder(os.environ.get(row.key_variable))]
+    serving = [name for name in ready if not PROVIDERS[name].models or (model or "").startswith(PROVIDERS[name].models)]
+    return next(iter(serving or ready or PROVIDERS))
+
+
+def _is_placeholder(key: str | None) -> bool:
+    return _PLACEHOLDER.fullmatch(key or "") is not None
+
+
+def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
+    """A key as it may be sent, or an AuthenticationError that says where one belongs"""
+    where = f"set {row.key_variable} to a key from {row.key_page}, or pass" if row else "pass"
+    advice = f"{where} api_key=...; api_key=False is for servers that take none"
+    if key is None:
+        raise AuthenticationError(f"no API key: {advice}")
+    key = key.strip()
+    if _is_placeholder(key):
+        raise AuthenticationError(f"{source} is a placeholder, not an API key: {advice}")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise AuthenticationError(f"{source} is no API key: it holds blanks, control characters or other than ASCII")
+    return key
+
+
+def _endpoint(base_url: str, path: str) -> str:
+    """The path put after a base URL, before its query if it has one (Azure's api-version)"""
+    parts = urlsplit(base_url)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/") + path))
+
+
+def _checked_url(base_url: str) -> str:
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InvalidRequestError(f"expected a base_url like https://api.example.com/v1, got {base_url!r}")
+    return base_url
+
+
+def _secrets_of(key_headers: Mapping[str, str], base_url: str) -> tuple[str, ...]:
+    """What must be seen in no message: keys, and what a URL holds of the kind"""
+    found = [value.partition(" ")[2] or value for value in key_headers.values()]
+    found.extend(key_headers.values())
+    parts = urlsplit(base_url)
+    found.append(parts.password or "")
+    found.extend(
+        value for name, value in parse_qsl(parts.query) if re.search("key|token|secret|sig", name, re.IGNORECASE)
+    )
+    return tuple(sorted({value for value in found if len(value) > 3}, key=len, reverse=True))
+
+
+class Health(NamedTuple):
+    """What ``Client.check`` found"""
+
+    ok: bool
+    #: ok, no_key, bad_key, http_error or unreachable
+    status: str
+    #: seconds from the request to the answer, or None where none came
+    latency: float | None = None
+    #: the models that the provider lists for this key
+    models: tuple[str, ...] = ()
+    #: what is wrong and what to do, or None
+    error: str | None = None
+
+
+class StreamStats(NamedTuple):
+    """How a stream went, so far; times in seconds"""
+
+    #: from the start to the first answer's headers, and to the first text that is not empty
+    ttfb: float | None = None
+    ttft: float | None = None
+    #: from the start to the end, or to now
+    elapsed: float = 0.0
+    #: the longest time that the reader waited for a chunk after the first
+    longest_gap: float = 0.0
+    chunks: int = 0
+    #: characters of text
+    chars: int = 0
+    #: output tokens, by the provider's count, a second from the first text to the end; None without a count
+    tokens_per_second: float | None = None
+    #: requests sent
+    attempts: int = 0
+    #: lost streams that got a connection again
+    reconnects: int = 0
+    #: whether the answer came from a file
+    cached: bool = False
+
+
+class _Clock:
+    """The moments of one call from which its stats are made"""
+
+    def __init__(self) -> None:
+        self.start: float | None = None
+        self.answered: float | None = None
+        self.first_text: float | None = None
+        self.end: float | None = None
+        self.longest_gap = 0.0
+        self.chunks = 0
+        self.chars = 0
+
+    def note(self, chunk: Chunk, asked: float, came: float) -> None:
+        if self.chunks and came - asked > self.longest_gap:
+            self.longest_gap = came - asked
+        self.chunks += 1
+        if chunk.text and chunk.index == 0:
+            self.chars += len(chunk.text)
+            if self.first_text is None:
+                self.first_text = came
+
+    def since_start(self, moment: float | None) -> float | None:
+        return None if moment is None or self.start is None else moment - self.start
+
+    def stats(self, usage: Usage | None, attempts: int, reconnects: int) -> StreamStats:
+        end = self.end if self.end is not None else time.monotonic()
+        rate = None
+        if usage is not None and usage.output_tokens and self.first_text is not None and end > self.first_text:
+            rate = usage.output_tokens / (end - self.first_text)
+        return StreamStats(
+            ttfb=self.since_start(self.answered),
+            ttft=self.since_start(self.first_text),
+            elapsed=self.since_start(end) or 0.0,
+            longest_gap=self.longest_gap,
+            chunks=self.chunks,
+            chars=self.chars,
+            tokens_per_second=rate,
+            attempts=attempts,
+            reconnects=reconnects,
+        )
+
+
+class _StreamClosed(SheepError):
+    """close() was called while the reader waited: it ends quietly"""
+
+
+class _CallOptions(NamedTuple):
+    """What a Client sets for its calls, and a call may set for itself"""
+
+    retry: Retry
+    timeout: tuple[float | None, float | None]
+    first_timeout: float | None
+    idle_timeout: float | None
+    headers: Mapping[str, str]
+    format: str | None
+    max_event_size: int
+
+    def but(self, **changes: Any) -> _CallOptions:
+        """With what is not None in ``changes``; headers are added to those there are"""
+        given = {name: value for name, value in changes.items() if value is not None}
+        if "retry" in given:
+            given["retry"] = _as_retry(given["retry"])
+        if "timeout" in given:
+            given["timeout"] = _as_pair(given["timeout"])
+        if "headers" in given:
+            given["headers"] = {**CaseInsensitiveDict(self.headers), **CaseInsensitiveDict(given["headers"])}
+        if given.get("format") not in (None, "sse", "json"):
+            raise ValueError(f"format is 'sse' or 'json', got {given['format']!r}")
+        return self._replace(**given)
+
+
+def _as_retry(retry: Retry | int) -> Retry:
+    if isinstance(retry, int):
+        return Retry(retry)
+    if isinstance(retry, Retry):
+        return retry
+    raise TypeError(f"retry takes a sheepsse.Retry or a number of retries, got {type(retry).__name__}")
+
+
+def _as_pair(timeout: Any) -> tuple[float | None, float | None]:
+    if isinstance(timeout, (int, float)):
+        return timeout, timeout
+    connect, read = timeout
+    return connect, read
+
+
+#: seconds for which a stream whose text is whole is waited on for its usage
+_USAGE_WAIT = 5.0
+#: seconds that may go into reading a body out after its end marker, so that the connection can be used again
+_DRAIN_TIME = 0.05
+
+
+class _Call:
+    """One call: its request, its wire, what came of it. What the generators of a Stream refer to, and own"""
+
+    def __init__(
+        self,
+        via: requests.Session,
+        target: _Target,
+        body: dict[str, Any],
+        options: _CallOptions,
+        *,
+        deadline: float | None = None,
+        resume: str = "auto",
+        refusing: set[str] | None = None,
+        owned: bool = False,
+    ) -> None:
+        self.answer = _Answer()
+        self.clock = _Clock()
+        self.attempts = 0
+        self.reconnects = 0
+        self.continuity = "single"
+        self.response: requests.Response | None = None
+        self.own_request_id = self.request_id = _new_request_id()
+        self.wire = _Wire(options.timeout[1])
+        self.body = body
+        self._via = via
+        self._target = target
+        self._options = options
+        self._deadline = deadline
+        self._resume = resume
+        self._refusing = set() if refusing is None else refusing
+        self._owned = owned
+        self._failures = 0
+        self._url = _endpoint(target.base_url, target.dialect.path)
+        self._where = _public_url(self._url)
+        own_keys = {name: value for name, value in options.headers.items() if name.lower() in _KEY_HEADERS}
+        self._key_headers = {**target.key_headers, **own_keys}
+        self._secrets = _secrets_of(self._key_headers, target.base_url)
+
+    # Sending
+
+    def start(self) -> requests.Response:
+        """The first response whose body may be read"""
+        self.clock.start = time.monotonic()
+        if self._deadline is not None:
+            self.wire.deadline = self.clock.start + self._deadline
+        return self._connect()
+
+    def _connect(self, lost: SheepError | None = None) -> requests.Response:
+        """A response whose body may be read, after as many requests as the policy allows"""
+        error = lost
+        while True:
+            if error is not None:
+                self._back_off(error)
+            try:
+                return self._request()
+            except SheepError as failure:
+                error = self._judged(failure)
+
+    def _request(self) -> requests.Response:
+        try:
+            return self._answered(self._sent())
+        except InvalidRequestError as error:
+            if error.status not in (400, 422) or not any(name in str(error) for name in self._optional()):
+                raise
+        # the server refuses what only we asked for: it is asked once more without, which is no retry
+        self._refusing.add(self._target.base_url)
+        return self._answered(self._sent())
+
+    def _optional(self) -> dict[str, Any]:
+        """What the dialect asks for beside the caller's own, unless this server refused it before"""
+        if self._target.base_url in self._refusing:
+            return {}
+        optional = self._target.dialect.optional(bool(self.body.get("stream")))
+        return {name: value for name, value in optional.items() if name not in self.body}
+
+    def _sent(self) -> requests.Response:
+        """The answer to one request, whatever it says"""
+        self.attempts += 1
+        _log.debug("request %s: POST %s, attempt %d", self.own_request_id, self._where, self.attempts)
+        self.wire.expect(self._options.first_timeout, "no chunk came for first_timeout")
+        streamed = bool(self.body.get("stream"))
+        headers: dict[str, Any] = {
+            "Accept": "text/event-stream" if streamed else "application/json",
+            "Cache-Control": "no-cache",
+            "Content-Type": "application/json",
+            "User-Agent": f"sheepsse/{__version__} {requests.utils.default_user_agent()}",
+            "X-Request-ID": self.own_request_id,
+        }
+        return _send(
+            self._via,
+            self.wire,
+            "POST",
+            self._url,
+            self._options.timeout[0],
+            data=_json_body({**self.body, **self._optional()}),
+            headers={**CaseInsensitiveDict(headers), **CaseInsensitiveDict(self._options.headers)},
+            auth=_KeyAuth(self._key_headers) if self._key_headers else None,
+            allow_redirects=False,
+        )
+
+    def _answered(self, response: requests.Response) -> requests.Response:
+        """The response if it is a good one, else its error"""
+        response.request = _hide_request(response.request)
+        self.response = response
+        headers = response.headers
+        self.request_id = headers.get("x-request-id") or headers.get("request-id") or self.own_request_id
+        _log.debug("request %s: status %d", self.own_request_id, response.status_code)
+        if 200 <= response.status_code < 300:
+            if self.clock.answered is None:
+                self.clock.answered = time.monotonic()
+            return response
+        try:
+            self.wire.expect(_ERROR_BODY_TIME, "the body of an error did not come")
+            body = _read_some(self._blocks(response), _ERROR_BODY)
+        finally:
+            response.close()
+        # so that .text and .json() of the error's response work, though it is closed
+        response._content = _hide(body.decode("utf-8", "replace"), self._secrets).encode("utf-8")
+        response._content_consumed = True  # type: ignore[attr-defined]
+        error = _status_error(response.status_code, headers, body, self._where)
+        error.response, error.request = response, response.request
+        raise error
+
+    def _back_off(self, error: SheepError) -> None:
+        """Waits before the next request, or raises the error where there is to be none"""
+        self._failures += 1
+        retry = self._options.retry
+        delay = retry.wait(error, self._failures)
+        if delay is None or not self._in_time(delay):
+            raise error
+        if retry.on_retry:
+            retry.on_retry(error, self._failures, delay)
+        _log.debug("request %s: %s; trying again in %.3f s", self.own_request_id, error.code, delay)
+        (retry.sleep_function or self.wire.pause)(delay)
+        if self.wire.ended:
+            raise self._judged(error)
+
+    def _in_time(self, delay: float) -> bool:
+        return self.wire.deadline is None or time.monotonic() + delay < self.wire.deadline
+
+    def restart(self, error: SheepError) -> requests.Response:
+        """The next response, after a loss before which nothing was given out; else raises the error"""
+        if self.answer.given or not error.retryable or self._resume == "never":
+            raise error
+        lost = time.monotonic()
+        response = self._connect(error)
+        self.answer = _Answer()
+        self.reconnects += 1
+        self.continuity = "restarted"
+        _log.info("request %s: the stream was lost before its first word, and is asked for anew", self.own_request_id)
+        if self._options.retry.on_reconnect:
+            self._options.retry.on_reconnect(self.attempts, time.monotonic() - lost)
+        return response
+
+    # Reading
+
+    def chunks(self, response: requests.Response) -> Iterator[Chunk]:
+        try:
+            yield from _resumed(self._read, self.restart, response)
+        finally:
+            self.close()
+
+    def _read(self, response: requests.Response) -> Iterator[Chunk]:
+        """The chunks of one response"""
+        dialect = self._target.dialect(_count(self.body.get("n"), 1))
+        content_type = response.headers.get("Content-Type") or ""
+        blocks = self._blocks(response)
+        try:
+            events = _framed(blocks, content_type, self._options.format, self._options.max_event_size)
+            yield from self._timed(_parsed(events, dialect, self.answer), dialect)
+            if self.wire.ended:
+                raise self._judged(StreamInterrupted())
+            if dialect.done:
+                self._read_out(response, blocks)
+        except SheepError as error:
+            judged = self._judged(_unexpected_json(error, content_type, self.answer))
+            if judged is error:
+                raise
+            raise judged from error
+        finally:
+            response.close()
+
+    def _timed(self, chunks: Iterator[Chunk], dialect: Dialect) -> Iterator[Chunk]:
+        """The same chunks, each within the limits, and noted by the clock"""
+        wire, clock, idle = self.wire, self.clock, self._options.idle_timeout
+        while True:
+            asked = time.monotonic()
+            if wire.ended or (wire.deadline is not None and asked >= wire.deadline and not dialect.whole):
+                raise StreamTimeout("the deadline of the call has passed")
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
+            clock.note(chunk, asked, time.monotonic())
+            yield chunk
+            if dialect.whole:
+                wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
+            else:
+                wire.expect(idle, "no chunk came for idle_timeout")
+
+    def _blocks(self, response: requests.Response) -> Iterator[bytes]:
+        """The blocks of a body, within the limits of the wire also where the session is the caller's own"""
+        if isinstance(getattr(response.raw, "_original_response", None), _WireResponse):
+            yield from iter_bytes(response)
+            return
+        sock = _socket_of(response)
+        blocks = iter_bytes(response)
+        while True:
+            try:
+                self.wire.attach(sock)
+                if sock is not None:
+                    self.wire.before_recv(sock)
+            except OSError as error:
+                raise _body_error(error) from error
+            block = next(blocks, b"")
+            if not block:
+                return
+            yield block
+
+    def _read_out(self, response: requests.Response, blocks: Iterator[bytes]) -> None:
+        """What follows the end marker means nothing, but only a body read to its end frees the connection"""
+        self.wire.expect(_DRAIN_TIME, "")
+        for _ in _until_failure(blocks, []):
+            pass
+        self.wire.expect(None, "")
+
+    # Ending
+
+    def _judged(self, error: SheepError) -> SheepError:
+        """What an error means: a limit passed, and a call ended from outside, look like lost connections"""
+        if self.wire.ended == "cancelled":
+            return StreamCancelled("the stream was cancelled")
+        if self.wire.ended:
+            return _StreamClosed()
+        overdue = self.wire.overdue()
+        if overdue and isinstance(error, (StreamTimeout, StreamInterrupted, ConnectError)):
+            return StreamTimeout(f"{overdue}, asking {self._where}")
+        return error
+
+    def failed(self, error: SheepError) -> None:
+        """Completes an error that goes to the caller"""
+        self.answer.complete = False
+        _set_partial(error, self.answer)
+        error.request_id = error.request_id or self.request_id
+        if error.response is None and self.response is not None:
+            error.response, error.request = self.response, self.response.request
+        _hide_error(error, self._secrets)
+        if isinstance(error, StreamCancelled):
+            return
+        level = logging.WARNING if self.answer.given else logging.DEBUG
+        _log.log(level, "request %s: %s: %s", self.own_request_id, error.code, error)
+        if self._options.retry.on_give_up:
+            self._options.retry.on_give_up(error, self.attempts)
+
+    def close(self) -> None:
+        """Lets go of all that is held; may be called again"""
+        if self.clock.end is None and self.clock.start is not None:
+            self.clock.end = time.monotonic()
+        if self.response is not None:
+            self.response.close()
+        if self._owned:
+            self._via.close()
+
+    @property
+    def model(self) -> str:
+        return self.answer.model or _text(self.body.get("model"))
+
+
+def _new_request_id() -> str:
+    import uuid  # which imports subprocess, before Python 3.9
+
+    return str(uuid.uuid4())
+
+
+def _json_body(body: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, allow_nan=False).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the request cannot be written as JSON: {error}") from error
+
+
+def _unexpected_json(error: SheepError, content_type: str, answer: _Answer) -> SheepError:
+    """The error for one JSON document that is no answer: not a stream that failed, but no stream"""
+    if _media_type(content_type) != "application/json" or answer.given:
+        return error
+    if isinstance(error, StreamError):
+        said = str(error).partition(": ")[2]
+        return InvalidStreamError(
+            f"expected an answer, got status 200 with an error: {said}",
+            vendor_code=error.vendor_code,
+            request_id=error.request_id,
+        )
+    if isinstance(error, StreamInterrupted) and error.__cause__ is None:
+        return InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
+    return error
+
+
+class Stream:
+    """The answer to one request, as it is written: an iterator of str, each a piece of text that is not empty
+
+    Iterable once; a context manager. The connection is opened at the first ``next()`` or on entering ``with``,
+    so that making one costs and sends nothing. It is let go at the end, on an error, on leaving ``with``, by
+    ``close()``, and when the Stream is collected. Iterating raises a SheepError where the answer cannot be had
+    or made whole, with all that came in its ``partial``. Belongs to one thread, but for ``cancel`` and ``close``.
+    """
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._chunks: Iterator[Chunk] | None = None
+        self._ended = False
+        self._busy = threading.Lock()  # held by the thread that reads
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            chunk = self._next()
+            if chunk is None:
+                raise StopIteration
+            if chunk.text and chunk.index == 0:
+                return chunk.text
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The same stream, as Chunks: with reasoning, refusals, tool calls, usage and every choice"""
+        while True:
+            chunk = self._next()
+            if chunk is None:
+                return
+            yield chunk
+
+    def _next(self) -> Chunk | None:
+        return self._as_reader(self._advance)
+
+    def _advance(self) -> Chunk | None:
+        chunk = None if self._ended else next(self._open(), None)
+        self._ended = chunk is None
+        return chunk
+
+    def _open(self) -> Iterator[Chunk]:
+        if self._chunks is None:
+            self._chunks = self._call.chunks(self._call.start())
+        return self._chunks
+
+    def _as_reader(self, step: Callable[[], _T | None]) -> _T | None:
+        """Takes a step of reading; whatever ends it lets go of the connection"""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError("a Stream belongs to one thread; only cancel() and close() may come from others")
+        try:
+            return step()
+        except _StreamClosed:
+            self._finish()
+            return None
+        except SheepError as error:
+            self._finish()
+            self._call.failed(error)
+            raise
+        except BaseException:
+            self._finish()
+            raise
+        finally:
+            self._busy.release()
+
+    def __enter__(self) -> Stream:
+        if not self._ended:
+            self._as_reader(self._open)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the stream quietly, and lets go of its connection; from any thread, and again"""
+        self._call.wire.end("closed")
+        if self._busy.acquire(blocking=False):  # else the reader's thread wakes, and closes
+            try:
+                self._finish()
+            finally:
+                self._busy.release()
+
+    def _finish(self) -> None:
+        self._ended = True
+        self._chunks = None
+        self._call.close()
+
+    def cancel(self) -> None:
+        """Ends the stream, from any thread and at any time: its reader gets StreamCancelled
+
+        At once while it waits for headers or for bytes, or between two tries; while it connects, within the
+        connect time-out. With a ``session=`` of your own a wait for headers ends only with the headers.
+        """
+        self._call.wire.end("cancelled")
+
+    @property
+    def text(self) -> str:
+        """The text so far"""
+        return "".join(self._call.answer.text)
+
+    @property
+    def reasoning(self) -> str:
+        """The reasoning so far"""
+        return "".join(self._call.answer.reasoning)
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """The tool calls so far"""
+        return self._call.answer.calls()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer ended, in the vendor's word; None before the end"""
+        return self._call.answer.finish_reason
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the provider counted, None where it has not said"""
+        return self._call.answer.usage
+
+    @property
+    def cost(self) -> Decimal | None:
+        """What the provider says it charged, None where it does not"""
+        return None if self.usage is None else self.usage.cost
+
+    @property
+    def model(self) -> str:
+        """The model that answers, before it says so the one asked for"""
+        return self._call.model
+
+    @property
+    def id(self) -> str:
+        """The answer's id, "" before it is known"""
+        return self._call.answer.id
+
+    @property
+    def request_id(self) -> str:
+        """The provider's id of the request, else the X-Request-ID that is sent with each of its tries"""
+        return self._call.request_id
+
+    @property
+    def completion(self) -> Completion:
+        """All of the answer so far"""
+        return self._call.answer.completion()
+
+    @property
+    def stats(self) -> StreamStats:
+        """How it went so far"""
+        call = self._call
+        return call.clock.stats(call.answer.usage, call.attempts, call.reconnects)
+
+    @property
+    def continuity(self) -> str:
+        """How the text was made whole: "single", or "restarted" where a stream was lost before its first word"""
+        return self._call.continuity
+
+    @property
+    def response(self) -> requests.Response | None:
+        """The response in use, None before there is one; its request shows no key"""
+        return self._call.response
+
+
+class Client:
+    """A provider, as it is asked: its address, key, dialect and policies, and the connections to it
+
+    Who is asked is settled in this order: ``provider``, a name in PROVIDERS; the host of ``base_url``; the first
+    provider whose key is set in the environment, in the order of PROVIDERS, that serves the model's name. A key
+    from the environment goes to its own provider's hosts only; ``api_key=False`` is for servers without keys.
+
+    ``timeout`` is (connect, without a byte), ``first_timeout`` and ``idle_timeout`` are for the first Chunk and
+    between two, which keep-alive comments do not count for; all in seconds, None for no limit. ``retry`` is a
+    Retry or a number of retries. ``headers`` are sent with each request. ``session`` may be any object shaped
+    like a requests.Session: it keeps its adapters, and their retries come on top of ``retry``; ``cancel()`` and
+    the limits then reach a read, but not a wait for headers. ``format`` ("sse" or "json") overrides what the
+    answer's Content-Type says, ``max_event_size`` is in bytes.
+
+    May be shared between threads, but not across a fork. A context manager with ``close()``.
+    """
+
+    def __init__(
+        self,
+        provider: str | None = None,
+        *,
+        base_url: str | None = None,
+        api_key: str | bool | None = None,
+        dialect: str | type[Dialect] | None = None,
+        model: str | None = None,
+        retry: Retry | int | None = None,
+        timeout: float | tuple[float | None, float | None] | None = (10, 300),
+        first_timeout: float | None = 600,
+        idle_timeout: float | None = 300,
+        session: requests.Session | None = None,
+        headers: Mapping[str, str] | None = None,
+        format: str | None = None,
+        max_event_size: int = _MAX_EVENT_SIZE,
+    ) -> None:
+        if provider is not None and provider not in PROVIDERS:
+            raise InvalidRequestError(f"no provider {provider!r}; there are {', '.join(PROVIDERS)}")
+        if isinstance(dialect, str) and dialect not in DIALECTS:
+            raise InvalidRequestError(f"no dialect {dialect!r}; there are {', '.join(DIALECTS)}")
+        if api_key is True:
+            raise TypeError("api_key is a str, or False for a server that takes none")
+        self.provider = provider
+        self.base_url = None if base_url is None else _checked_url(base_url)
+        self.model = model
+        self._api_key = api_key
+        self._dialect = DIALECTS[dialect] if isinstance(dialect, str) else dialect
+        self._options = _CallOptions(
+            Retry(), _as_pair((None, None) if timeout is None else timeout), first_timeout, idle_timeout, {}, None, 0
+        ).but(retry=retry, headers=headers, format=format, max_event_size=max_event_size)
+        self._session = session
+        self._own_session: requests.Session | None = None
+        self._lock = threading.Lock()
+        self._refusing: set[str] = set()  # base URLs that refuse what the dialect asks for beside the caller's own
+
+    def __repr__(self) -> str:
+        asked = self.provider or (self.base_url and _public_url(self.base_url)) or "as the environment says"
+        return f"<sheepsse.Client {asked}>"
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the idle connections, unless the session is the caller's own"""
+        with self._lock:
+            if self._own_session is not None:
+                self._own_session.close()
+
+    def stream(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        resume: str = "auto",
+        deadline: float | None = None,
+        on_retry: Callable[[SheepError, int, float], object] | None = None,
+        **params: Any,
+    ) -> Stream:
+        """The answer to ``messages`` as a Stream; see ``sheepsse.stream``"""
+        return Stream(self._call(messages, model, True, resume, deadline, on_retry, params))
+
+    def complete(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        deadline: float | None = None,
+        on_retry: Callable[[SheepError, int, float], object] | None = None,
+        **params: Any,
+    ) -> Completion:
+        """The answer to ``messages``, whole; see ``sheepsse.complete``"""
+        answer = Stream(self._call(messages, model, False, "auto", deadline, on_retry, params))
+        for _ in answer.chunks():
+            pass
+        return answer.completion
+
+    def _call(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        model: str | None,
+        stream: bool,
+        resume: str,
+        deadline: float | None,
+        on_retry: Callable[[SheepError, int, float], object] | None,
+        params: dict[str, Any],
+        owned: bool = False,
+    ) -> _Call:
+        if resume not in ("auto", "never"):
+            raise ValueError(f"resume is 'auto' or 'never', got {resume!r}")
+        options = self._options.but(**{name: params.pop(name, None) for name in _CALL_OPTIONS})
+        if on_retry is not None:
+            options = options.but(retry=options.retry.new(on_retry=on_retry))
+        _refuse_options(params)
+        model = model or self.model
+        if not model:
+            raise InvalidRequestError("no model: pass model=..., as the provider names it")
+        target = self._target(model, options.headers)
+        extra = params.pop("extra_body", None) or {}
+        return _Call(
+            self._via(),
+            target,
+            target.dialect.body(_messages(messages), model, {**params, **extra}, stream),
+            options,
+            deadline=deadline,
+            resume=resume,
+            refusing=self._refusing,
+            owned=owned,
+        )
+
+    def _via(self) -> requests.Session:
+        if self._session is not None:
+            return self._session
+        with self._lock:
+            if self._own_session is None:
+                self._own_session = _mounted(_WireAdapter(max_retries=0, pool_maxsize=100))
+            return self._own_session
+
+    def _target(self, model: str | None, headers: Mapping[str, str]) -> _Target:
+        """Who is asked, with which key"""
+        name = self.provider
+        if name is None:
+            name = _provider_of_host(self.base_url) if self.base_url else _provider_of_environment(model)
+        row = None if name is None else PROVIDERS[name]
+        base_url = self.base_url or (row.base_url if row else "")
+        dialect = self._dialect or DIALECTS[row.dialect if row else "openai"]
+        key = self._key(row, base_url, headers)
+        return _Target(base_url, dialect, dialect.key_headers(key) if key else {}, row.check_path if row else "/models")
+
+    def _key(self, row: Provider | None, base_url: str, headers: Mapping[str, str]) -> str | None:
+        if self._api_key is False or any(name.lower() in _KEY_HEADERS for name in headers):
+            return None
+        if isinstance(self._api_key, str):
+            return _checked_key(self._api_key, "api_key", row)
+        at_home = row is not None and urlsplit(base_url).hostname == urlsplit(row.base_url).hostname
+        if row is None or not at_home:  # a key from the environment goes to no other host
+            return _checked_key(None, "", None)
+        return _checked_key(os.environ.get(row.key_variable), row.key_variable, row)
+
+    def check(self, timeout: float = 10) -> Health:
+        """Whether the provider can be reached and takes the key; sends one small request that costs nothing
+
+        Never raises for what it finds, never retries. ``timeout`` is in seconds, for all of it.
+        """
+        try:
+            target = self._target(self.model, self._options.headers)
+        except AuthenticationError as error:
+            return Health(False, "no_key", error=str(error))
+        url = _endpoint(target.base_url, target.check_path)
+        secrets = _secrets_of(target.key_headers, target.base_url)
+        started = time.monotonic()
+        try:
+            body = self._asked(url, target, timeout)
+        except SheepError as error:
+            _hide_error(error, secrets)
+            unreachable = error.status is None and isinstance(error, (ConnectError, StreamTimeout, StreamInterrupted))
+            status = "bad_key" if isinstance(error, AuthenticationError) else "http_error"
+            latency = None if unreachable else time.monotonic() - started
+            return Health(False, "unreachable" if unreachable else status, latency, error=str(error))
+        latency = time.monotonic() - started
+        models = tuple(_text(_dict(row).get("id")) for row in _list(_dict(body).get("data")))
+        return Health(True, "ok", latency, models)
+
+    def _asked(self, url: str, target: _Target, timeout: float) -> Any:
+        """What a GET at the provider gives, as JSON"""
+        wire = _Wire(timeout, deadline=timeout)
+        response = _send(
+            self._via(),
+            wire,
+            "GET",
+            url,
+            timeout,
+            headers={"Accept": "application/json", **self._options.headers},
+            auth=_KeyAuth(target.key_headers) if target.key_headers else None,
+            allow_redirects=False,
+        )
+        try:
+            body = _read_some(iter_bytes(response), _MAX_EVENT_SIZE)
+        finally:
+            response.close()
+        if response.status_code != 200:
+            raise _status_error(response.status_code, response.headers, body, _public_url(url))
+        try:
+            return json.loads(body)
+        except ValueError as error:
+            raise InvalidStreamError(
+                f"expected JSON from {_public_url(url)}, got {_excerpt(body)}; is the base URL that of the API?"
+            ) from error
+
+
+#: keywords of a Client that a single call may set for itself
+_CALL_OPTIONS = ("retry", "timeout", "first_timeout", "idle_timeout", "headers", "format", "max_event_size")
+#: keywords that make a Client of their own in stream() and complete()
+_CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session")
+#: keywords that the body must never see, because a later version gives them a meaning
+_LATER_OPTIONS = ("alignment", "breaker", "checkpoint", "fallback", "limiter", "prices", "refresh", "resume_from")
+
+
+def _refuse_options(params: Mapping[str, Any]) -> None:
+    """No option of ours goes into the body, where it would be a riddle to the server"""
+    for name in params:
+        if name in _CLIENT_OPTIONS:
+            raise TypeError(f"{name}= belongs to the Client; extra_body={{{name!r}: ...}} puts it into the request")
+        if name in _LATER_OPTIONS:
+            raise TypeError(f"{name}= is not there yet; extra_body={{{name!r}: ...}} puts it into the request")
+
+
+def _messages(messages: Any) -> list[Any]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages is a str or a list of {{'role', 'content'}}, got {type(messages).__name__}")
+    return list(messages)
+
+
+class _Default:
+    """The environment's Client, one for a process: connections do not survive a fork"""
+
+    _lock = threading.Lock()
+    _client: Client | None = None
+    _process = 0
+
+    @classmethod
+    def client(cls) -> Client:
+        with cls._lock:
+            if cls._client is None or cls._process != os.getpid():
+                cls._client, cls._process = Client(), os.getpid()
+            return cls._client
+
+
+def stream(
+    messages: str | Sequence[Mapping[str, Any]],
+    *,
+    model: str | None = None,
+    client: Client | None = None,
+    resume: str = "auto",
+    deadline: float | None = None,
+    on_retry: Callable[[SheepError, int, float], object] | None = None,
+    **params: Any,
+) -> Stream:
+    """The answer to a prompt or a list of messages, as a Stream of text
+
+        for text in sheepsse.stream("Explain SSE", model="deepseek-chat"):
+            print(text, end="", flush=True)
+
+    ``params`` go into the request's body as they are (``temperature``, ``max_tokens``, ``tools``, ...), those in
+    ``extra_body`` too; keywords of Client make one that closes with the stream, and ``retry``, ``timeout``,
+    ``first_timeout``, ``idle_timeout``, ``headers``, ``format`` and ``max_event_size`` beside a ``client`` count
+    for this call. Without a ``client`` the environment says who is asked.
+
+    ``deadline`` is in seconds for the whole call. ``on_retry(error, attempt, delay)`` replaces the policy's.
+    ``resume="never"`` does not ask again for a stream that was lost before its first word.
+
+    AuthenticationError for a missing or placeholder key and InvalidRequestError for a missing model are raised
+    here, all else when the Stream is read.
+    """
+    call = _called(messages, model, client, True, resume, deadline, on_retry, params)
+    return Stream(call)
+
+
+def complete(
+    messages: str | Sequence[Mapping[str, Any]],
+    *,
+    model: str | None = None,
+    client: Client | None = None,
+    deadline: float | None = None,
+    on_retry: Callable[[SheepError, int, float], object] | None = None,
+    **params: Any,
+) -> Completion:
+    """The same request, not streamed: the whole answer, or the error that ``stream`` would raise"""
+    answer = Stream(_called(messages, model, client, False, "auto", deadline, on_retry, params))
+    for _ in answer.chunks():
+        pass
+    return answer.completion
+
+
+def _called(
+    messages: Any,
+    model: str | None,
+    client: Client | None,
+    stream: bool,
+    resume: str,
+    deadline: float | None,
+    on_retry: Callable[[SheepError, int, float], object] | None,
+    params: dict[str, Any],
+) -> _Call:
+    """The call of stream() and complete(), by a client given, made of their keywords, or of the environment"""
+    own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
+    asked = client or (Client(**own) if own else _Default.client())
+    return asked._call(messages, model, stream, resume, deadline, on_retry, params, owned=bool(own))
+
+
+# ============================================================================================================
+# 14. Command line: python -m sheepsse, python sheepsse.py, sheepsse. May use: all above
+# ============================================================================================================
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: streams the answer to a prompt to stdout, and gives the exit status
+
+    0 the answer is whole, 1 it failed, 2 wrong usage, 3 interrupted with partial text on stdout, 130 Ctrl-C.
+    """
+    options = _parser().parse_args(argv)
+    prompt = options.prompt
+    if prompt is None or prompt == "-":
+        prompt = sys.stdin.read()
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages.append({"role": "user", "content": prompt})
+    if hasattr(sys.stdout, "reconfigure"):  # half an emoji must not end an answer, nor a console's code page
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return _print_answer(messages, options)
+    except BrokenPipeError:
+        # the reader, as head(1), has what it wanted; Python would complain when it flushes stdout at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="sheepsse",
+        description="Stream the answer of a language model to the terminal.",
+        epilog="The key is read from the provider's variable: "
+        + ", ".join(row.key_variable for row in PROVIDERS.values())
+        + ". Exit status: 0 whole, 1 failed, 2 wrong usage, 3 interrupted after partial text, 130 Ctrl-C.",
+    )
+    parser.add_argument("prompt", nargs="?", help="the prompt; from standard input where it is missing or -")
+    parser.add_argument("-m", "--model", required=True, help="the model, as the provider names it")
+    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="who is asked (default: whose key is set)")
+    parser.add_argument("--base-url", metavar="URL", help="the address of any other OpenAI-compatible server")
+    parser.add_argument("--no-key", action="store_true", help="for a server that takes no key")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line, with its type and time")
+    parser.add_argument("--stats", action="store_true", help="times and counts to standard error, at the end")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after so long in all")
+    parser.add_argument("--version", action="version", version=f"sheepsse {__version__}")
+    return parser
+
+
+def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
+    show = _JSONLines() if options.json else _PlainText()
+    answer: Stream | None = None
+    try:
+        with Client(options.provider, base_url=options.base_url, api_key=False if options.no_key else None) as client:
+            answer = client.stream(messages, model=options.model, deadline=options.timeout)
+            with answer:
+                for chunk in answer.chunks():
+                    show.chunk(chunk)
+            show.done(answer)
+        return 0
+    except SheepError as error:
+        show.error(error)
+        return 3 if error.partial.text else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        if options.stats and answer is not None:
+            print(_stats_line(answer), file=sys.stderr)
+
+
+class _PlainText:
+    """The text of an answer on stdout, and nothing else there"""
+
+    def chunk(self, chunk: Chunk) -> None:
+        if chunk.index == 0 and chunk.text:
+            print(chunk.text, end="", flush=True)
+
+    def done(self, answer: Stream) -> None:
+        self._end_line()
+        if answer.completion.refusal:
+            print(f"refused: {answer.completion.refusal}", file=sys.stderr)
+
+    def error(self, error: SheepError) -> None:
+        self._end_line()
+        print(f"sheepsse: {error}", file=sys.stderr)
+
+    def _end_line(self) -> None:
+        """The prompt of a terminal belongs on a line of its own; a file or a pipe gets the text alone"""
+        if sys.stdout.isatty():
+            print(flush=True)
+
+
+class _JSONLines:
+    """An answer as JSON lines: {"type": content, reasoning, tool_call, finish, done or error, "t": seconds}"""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def _print(self, type: str, **fields: Any) -> None:
+        line = {"type": type, "t": round(time.monotonic() - self._start, 4), **fields}
+        print(json.dumps(line), flush=True)
+
+    def chunk(self, chunk: Chunk) -> None:
+        if chunk.reasoning:
+            self._print("reasoning", text=chunk.reasoning, index=chunk.index)
+        if chunk.text:
+            self._print("content", text=chunk.text, index=chunk.index)
+        if chunk.refusal:
+            self._print("refusal", text=chunk.refusal, index=chunk.index)
+        for call in chunk.tool_calls:
+            self._print("tool_call", **call._asdict())
+        if chunk.finish_reason:
+            self._print("finish", reason=chunk.finish_reason, finish=chunk.finish, index=chunk.index)
+
+    def done(self, answer: Stream) -> None:
+        usage = None if answer.usage is None else {**answer.usage._asdict(), "cost": _plain(answer.cost)}
+        self._print("done", id=answer.id, model=answer.model, usage=usage, stats=answer.stats._asdict())
+
+    def error(self, error: SheepError) -> None:
+        self._print("error", code=error.code, message=str(error), status=error.status, request_id=error.request_id)
+
+
+def _plain(cost: Decimal | None) -> str | None:
+    return None if cost is None else str(cost)
+
+
+def _stats_line(answer: Stream) -> str:
+    stats, usage = answer.stats, answer.usage
+    shown = [f"{stats.chars} characters in {stats.chunks} chunks", f"{stats.elapsed:.2f} s"]
+    if stats.ttft is not None:
+        shown.append(f"first text after {stats.ttft:.2f} s")
+    if usage is not None:
+        shown.append(f"tokens: {usage.input_tokens} in, {usage.output_tokens} out")
+    if stats.tokens_per_second is not None:
+        shown.append(f"{stats.tokens_per_second:.0f} tokens a second")
+    shown.append(f"{stats.attempts} request{'s' if stats.attempts != 1 else ''}")
+    return ", ".join(shown)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
