@@ -1,0 +1,60 @@
+"""What all tests share: a real server on loopback, and an environment that holds no key and no proxy"""
+
+import gc
+import json
+import os
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import local_provider  # noqa: E402  # found by the line above
+import sheepsse  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch, tmp_path):
+    for row in sheepsse.PROVIDERS.values():
+        monkeypatch.delenv(row.key_variable, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks():
+    """A socket left open warns when it is collected, and warnings are errors: so collect while the test's name is up"""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def server():
+    with local_provider.LocalProvider() as provider:
+        yield provider
+
+
+@pytest.fixture
+def client(server):
+    """A client of the server that asks once"""
+    with sheepsse.Client(base_url=server.base_url, api_key=False, model="local-model", retry=0) as made:
+        yield made
+
+
+def folder_of(variable):
+    """The folder that an environment variable names, or a skip that says which is missing"""
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} is not set: it names a folder of files that are not part of this repository")
+    return pathlib.Path(folder)
+
+
+@pytest.fixture(scope="session")
+def recordings():
+    """Real recorded streams: the folder and its index"""
+    folder = folder_of("SHEEPSSE_RECORDINGS")
+    return folder, json.loads((folder / "INDEX.json").read_text(encoding="utf-8"))
