@@ -61,7 +61,6 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
-from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util.retry import RequestHistory
@@ -1530,7 +1529,7 @@ def _status_message(
 ) -> str:
     said = reported.message
     if 300 <= status < 400:
-        said = f"a redirect to {_public_url(headers.get('location') or '?')}, which a POST does not follow"
+        said = f"a redirect to {_public_url(headers.get('location') or '?')}, which is not followed"
     elif not said:
         content_type = headers.get("content-type") or "no Content-Type"
         said = f"{content_type} with {_excerpt(body)}" if body.strip() else "no message"
@@ -1540,7 +1539,10 @@ def _status_message(
 
 def _public_url(url: str) -> str:
     """A URL without what may be secret in it: user, password, query, fragment"""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "?"
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
@@ -1736,9 +1738,9 @@ class _Wire:
             self.ended = self.ended or why
             if self._socket is not None:
                 # OSError: not connected any more. Not SSLSocket's own shutdown: it would let the reader take
-                # ciphertext for text
+                # ciphertext for text. What is no socket itself (TLS inside TLS, pyOpenSSL) has one
                 with contextlib.suppress(OSError):
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+                    socket.socket.shutdown(getattr(self._socket, "socket", self._socket), socket.SHUT_RDWR)
         self._wake.set()
 
     def check(self) -> None:
@@ -1936,6 +1938,14 @@ def _send(
         _sending.wire = None
 
 
+def _as_pair(timeout: float | tuple[float | None, float | None] | None) -> tuple[float | None, float | None]:
+    """The seconds to connect and without a byte, as requests takes them"""
+    if timeout is None or isinstance(timeout, (int, float)):
+        return timeout, timeout
+    connect, read = timeout
+    return connect, read
+
+
 #: what requests raises for a request that cannot be sent as it is
 _UNSENDABLE = (
     requests.exceptions.InvalidHeader,
@@ -1986,7 +1996,7 @@ def iter_sse(
     last_event_id: str = "",
     reconnect: bool = True,
     retry: Retry | None = None,
-    timeout: tuple[float | None, float | None] = (10, 300),
+    timeout: float | tuple[float | None, float | None] | None = (10, 300),
     headers: Mapping[str, Any] | None = None,
     max_event_size: int = _MAX_EVENT_SIZE,
     **options: Any,
@@ -2008,7 +2018,7 @@ def iter_sse(
             failure: SheepError = StreamInterrupted(f"{_public_url(url)} gave no event before it closed")
             failures += 1
             try:
-                for event in source.events(via, timeout=timeout, headers=headers, **options):
+                for event in source.events(via, timeout=_as_pair(timeout), headers=headers, **options):
                     failures = 0
                     yield event
                 if source.finished or not reconnect:
@@ -2331,7 +2341,7 @@ class _CallOptions(NamedTuple):
         if "timeout" in given:
             given["timeout"] = _as_pair(given["timeout"])
         if "headers" in given:
-            given["headers"] = {**CaseInsensitiveDict(self.headers), **CaseInsensitiveDict(given["headers"])}
+            given["headers"] = {**self.headers, **given["headers"]}
         if given.get("format") not in (None, "sse", "json"):
             raise ValueError(f"format is 'sse' or 'json', got {given['format']!r}")
         return self._replace(**given)
@@ -2343,13 +2353,6 @@ def _as_retry(retry: Retry | int) -> Retry:
     if isinstance(retry, Retry):
         return retry
     raise TypeError(f"retry takes a sheepsse.Retry or a number of retries, got {type(retry).__name__}")
-
-
-def _as_pair(timeout: Any) -> tuple[float | None, float | None]:
-    if isinstance(timeout, (int, float)):
-        return timeout, timeout
-    connect, read = timeout
-    return connect, read
 
 
 #: seconds for which a stream whose text is whole is waited on for its usage
@@ -2453,7 +2456,7 @@ class _Call:
             self._url,
             self._options.timeout[0],
             data=_json_body({**self.body, **self._optional()}),
-            headers={**CaseInsensitiveDict(headers), **CaseInsensitiveDict(self._options.headers)},
+            headers={**headers, **self._options.headers},
             auth=_KeyAuth(self._key_headers) if self._key_headers else None,
             allow_redirects=False,
         )
@@ -2862,9 +2865,9 @@ class Client:
         self.model = model
         self._api_key = api_key
         self._dialect = DIALECTS[dialect] if isinstance(dialect, str) else dialect
-        self._options = _CallOptions(
-            Retry(), _as_pair((None, None) if timeout is None else timeout), first_timeout, idle_timeout, {}, None, 0
-        ).but(retry=retry, headers=headers, format=format, max_event_size=max_event_size)
+        self._options = _CallOptions(Retry(), _as_pair(timeout), first_timeout, idle_timeout, {}, None, 0).but(
+            retry=retry, headers=headers, format=format, max_event_size=max_event_size
+        )
         self._session = session
         self._own_session: requests.Session | None = None
         self._lock = threading.Lock()
@@ -3140,19 +3143,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 the answer is whole, 1 it failed, 2 wrong usage, 3 interrupted with partial text on stdout, 130 Ctrl-C.
     """
     options = _parser().parse_args(argv)
-    prompt = options.prompt
-    if prompt is None or prompt == "-":
-        prompt = sys.stdin.read()
-    messages = [{"role": "system", "content": options.system}] if options.system else []
-    messages.append({"role": "user", "content": prompt})
     if hasattr(sys.stdout, "reconfigure"):  # half an emoji must not end an answer, nor a console's code page
         sys.stdout.reconfigure(errors="replace")
     try:
-        return _print_answer(messages, options)
+        return _print_answer(_prompted(options), options)
     except BrokenPipeError:
         # the reader, as head(1), has what it wanted; Python would complain when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _prompted(options: Any) -> list[dict[str, str]]:
+    """The messages that the command line asks for"""
+    prompt = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def _parser() -> Any:
@@ -3192,9 +3200,6 @@ def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
     except SheepError as error:
         show.error(error)
         return 3 if error.partial.text else 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     finally:
         if options.stats and answer is not None:
             print(_stats_line(answer), file=sys.stderr)
