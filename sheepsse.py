@@ -2200,8 +2200,8 @@ def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
     """A key as it may be sent, or an AuthenticationError that says where one belongs"""
     where = f"set {row.key_variable} to a key from {row.key_page}, or pass" if row else "pass"
     advice = f"{where} api_key=...; api_key=False is for servers that take none"
-    if key is None:
-        raise AuthenticationError(f"no API key: {advice}")
+    if not key:
+        raise AuthenticationError(f"no API key in {source}: {advice}")
     key = key.strip()
     if _is_placeholder(key):
         raise AuthenticationError(f"{source} is a placeholder, not an API key: {advice}")
@@ -2976,8 +2976,11 @@ class Client:
             return _checked_key(self._api_key, "api_key", row)
         at_home = row is not None and urlsplit(base_url).hostname == urlsplit(row.base_url).hostname
         if row is None or not at_home:  # a key from the environment goes to no other host
-            return _checked_key(None, "", None)
-        return _checked_key(os.environ.get(row.key_variable), row.key_variable, row)
+            return _checked_key(None, f"the call to {_public_url(base_url)}", None)
+        source = row.key_variable
+        if self.provider is None and self.base_url is None and _is_placeholder(os.environ.get(source)):
+            source = "the environment (" + ", ".join(row.key_variable for row in PROVIDERS.values()) + ")"
+        return _checked_key(os.environ.get(row.key_variable), source, row)
 
     def check(self, timeout: float = 10) -> Health:
         """Whether the provider can be reached and takes the key; sends one small request that costs nothing
@@ -3177,7 +3180,9 @@ def _parser() -> Any:
     parser.add_argument("-m", "--model", required=True, help="the model, as the provider names it")
     parser.add_argument("--provider", choices=sorted(PROVIDERS), help="who is asked (default: whose key is set)")
     parser.add_argument("--base-url", metavar="URL", help="the address of any other OpenAI-compatible server")
-    parser.add_argument("--no-key", action="store_true", help="for a server that takes no key")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the key of --base-url")
+    key.add_argument("--no-key", action="store_true", help="for a server that takes no key")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with its type and time")
     parser.add_argument("--stats", action="store_true", help="times and counts to standard error, at the end")
@@ -3189,8 +3194,11 @@ def _parser() -> Any:
 def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
     show = _JSONLines() if options.json else _PlainText()
     answer: Stream | None = None
+    api_key = os.environ.get(options.key_variable, "") if options.key_variable else None
     try:
-        with Client(options.provider, base_url=options.base_url, api_key=False if options.no_key else None) as client:
+        with Client(
+            options.provider, base_url=options.base_url, api_key=False if options.no_key else api_key
+        ) as client:
             answer = client.stream(messages, model=options.model, deadline=options.timeout)
             with answer:
                 for chunk in answer.chunks():

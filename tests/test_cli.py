@@ -129,6 +129,16 @@ def test_a_missing_key_is_status_1_and_names_the_variable_to_set():
     assert b"DEEPSEEK_API_KEY" in done.stderr
 
 
+def test_the_key_of_any_address_is_read_from_the_variable_named(server):
+    arguments = ("Good day?", "-m", "m", "--base-url", server.base_url, "--key-variable", "MY_KEY")
+    assert command(*arguments, env={"MY_KEY": "k-1234567"}).returncode == 0
+    assert server.requests[0].headers["Authorization"] == "Bearer k-1234567"
+    done = command(*arguments)
+    assert done.returncode == 1
+    assert b"no API key" in done.stderr
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["Good day?"], ["--no-such-option"], ["x", "-m", "m", "--provider", "y"]])
 def test_wrong_usage_is_status_2(arguments):
     done = command(*arguments, input=b"")
