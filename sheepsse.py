@@ -42,12 +42,14 @@ import socket
 import sys
 import threading
 import time
+from http.client import HTTPException
 from http.client import HTTPResponse as _HTTPResponse
 from http.client import IncompleteRead as _IncompleteRead
 from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Dict,
     Iterable,
     Iterator,
     Mapping,
@@ -55,7 +57,7 @@ from typing import (
     Sequence,
     TypeVar,
 )
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 import requests
 import urllib3
@@ -137,7 +139,8 @@ def _reader(response: requests.Response) -> Callable[[], bytes]:
     raw = response.raw
     if getattr(response, "_content_consumed", False):  # read already, by requests.get() without stream=True
         return _next_of(response.iter_content(_BLOCK))
-    if not isinstance(raw, urllib3.HTTPResponse):  # another library's: a byte at a time is slow, but never late
+    if not (isinstance(raw, urllib3.HTTPResponse) and hasattr(raw._fp, "read1")):
+        # another library's, or over a file of its own: a byte at a time is slow, but never late
         return _next_of(response.iter_content(1))
     if _HAS_READ1:
         return lambda: raw.read1(_BLOCK, decode_content=True)
@@ -160,6 +163,7 @@ class _OldReader:
         raw._init_decoder()
         self._raw = raw
         self._left: int | None = None if raw.chunked else raw.length_remaining
+        self._block = 1024 if raw._decoder else _BLOCK  # a block may expand a thousandfold, all at once
         self._read = 0
 
     def __call__(self) -> bytes:
@@ -174,7 +178,7 @@ class _OldReader:
         if raw._fp is None or getattr(raw._fp, "closed", False):
             return b""
         with raw._error_catcher():
-            data: bytes = raw._fp.read1(_BLOCK if self._left is None else min(_BLOCK, self._left))
+            data: bytes = raw._fp.read1(self._block if self._left is None else min(self._block, self._left))
             self._read += len(data)
             if self._left is not None:
                 self._left -= len(data)
@@ -351,51 +355,114 @@ _KEY_HEADERS = frozenset(
 )
 
 
-def _hide(text: str, secrets: Iterable[str]) -> str:
-    """The text without any of the secrets"""
-    for secret in secrets:
-        text = text.replace(secret, _HIDDEN)
-    return text
+class _Hidden(Dict[str, Any]):
+    """Headers that hold a key, and do not show it"""
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(map(repr, self))}: {_HIDDEN}}}"
 
 
-def _hide_request(request: Any) -> Any:
-    """A copy of a prepared request whose headers hold no key; None stays None"""
-    if request is None or not hasattr(request, "headers"):
-        return request
-    copied = request.copy()
-    for name in copied.headers or ():
-        if name.lower() in _KEY_HEADERS:
-            copied.headers[name] = _HIDDEN
-    return copied
+def _key_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the headers that carry a key"""
+    return {name: value for name, value in headers.items() if name.lower() in _KEY_HEADERS and value is not None}
 
 
-def _hide_error(error: SheepError, secrets: Iterable[str]) -> None:
-    """Takes the secrets out of an error, and the errors behind it away where they show one
+class _Secrets:
+    """What must be seen nowhere: keys, and what a URL holds of the kind; and how to take it out
 
-    Servers repeat keys in their messages; libraries put header values into theirs.
+    Servers repeat keys in their messages; libraries put header values and URLs into theirs.
     """
-    error.args = tuple(_hide(argument, secrets) for argument in error.args)
-    error.request = _hide_request(error.request)
-    for name in ("code", "vendor_code", "request_id"):
-        value = getattr(error, name)
-        if isinstance(value, str):
-            setattr(error, name, _hide(value, secrets))
-    for behind in _chain(error)[1:]:
-        if _hide(repr(behind), secrets) != repr(behind):
-            error.__cause__ = error.__context__ = None
-            return
-        if isinstance(behind, requests.RequestException):
-            behind.request = _hide_request(behind.request)
+
+    def __init__(self, headers: Mapping[str, Any], url: str = "") -> None:
+        words: set[str] = set()
+        for value in _key_headers(headers).values():
+            text = value.decode("latin-1") if isinstance(value, bytes) else str(value or "")
+            # the printable runs alone, after a scheme: a message may have the rest of the value escaped
+            runs = re.findall(r"[!-~]+", text)
+            words.update(runs[1:] or runs)
+        parts = _split_url(url)
+        pairs = (pair.partition("=") for pair in parts.query.split("&"))
+        found = [value for name, _, value in pairs if re.search("key|token|secret|sig", name, re.IGNORECASE)]
+        found.append(parts.netloc.rpartition("@")[0].partition(":")[2])
+        words.update(form for value in found for form in (value, unquote(value)))
+        # shorter ones are words of every day
+        self._words = sorted((word for word in words if len(word) >= 8), key=len, reverse=True)
+
+    def hide(self, text: str) -> str:
+        """The text without them, also where a quotation cuts one off after eight characters or more"""
+        for word in self._words:
+            text = text.replace(word, _HIDDEN)
+            if word[:8] in text and len(word) > 8:
+                for length in range(len(word) - 1, 7, -1):
+                    text = text.replace(word[:length], _HIDDEN)
+        return text
+
+    def hide_bytes(self, data: bytes) -> bytes:
+        return self.hide(data.decode("latin-1")).encode("latin-1")
+
+    def hide_request(self, request: Any) -> Any:
+        """A copy of a prepared request that shows none; None stays None"""
+        if not hasattr(request, "headers"):
+            return request
+        copied = request.copy()
+        for name in _key_headers(copied.headers or {}):
+            copied.headers[name] = _HIDDEN
+        copied.url = self.hide(copied.url or "")
+        return copied
+
+    def hide_response(self, response: requests.Response) -> None:
+        """Takes them out of what a response shows"""
+        response.request = self.hide_request(response.request)
+        response.url = self.hide(getattr(response, "url", None) or "")
+        response._next = None  # type: ignore[attr-defined]  # the request that a redirect asks for, key and all
+        for name, value in response.headers.items():
+            response.headers[name] = self.hide(value)
+
+    def hide_error(self, error: SheepError) -> None:
+        """Takes them out of an error, and cuts off the errors behind it where those show one"""
+        error.args = tuple(map(self.hide, error.args))
+        error.request = self.hide_request(error.request)
+        for name in ("code", "vendor_code", "request_id"):
+            value = getattr(error, name)
+            if isinstance(value, str) and value != self.hide(value):
+                setattr(error, name, self.hide(value))
+        for behind in _chain(error)[1:]:
+            if isinstance(behind, requests.RequestException):
+                behind.request = self.hide_request(behind.request)
+            shown = f"{behind!r} {vars(behind)!r}"
+            if shown != self.hide(shown):
+                error.__cause__ = error.__context__ = None
+                return
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and those behind it, the first cause last"""
+def _split_url(url: str) -> SplitResult:
+    """The parts of a URL; none of what cannot be taken apart"""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
+def _chain(error: BaseException, end: BaseException | None = None) -> list[BaseException]:
+    """An error and those behind it, the first cause last, as far as ``end``"""
     chain: list[BaseException] = []
     link: BaseException | None = error
-    while link is not None and link not in chain:
+    while link is not None and link is not end and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
     return chain
+
+
+#: what _json gives for what is none; no JSON says this
+_NO_JSON = object()
+
+
+def _json(text: str | bytes | bytearray) -> Any:
+    """What JSON says; no error of the parser comes of it, and none that would keep the text"""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return _NO_JSON
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -416,15 +483,15 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _number(text: str | None) -> float | None:
-    match = re.match(r"\s*([0-9]{1,12}(?:\.[0-9]{0,9})?)\s*$", text or "", re.ASCII)
-    return float(match.group(1)) if match else None
+    match = re.match(r"\s*([0-9]{1,999}(?:\.[0-9]{0,9})?)\s*$", text or "", re.ASCII)
+    return min(float(match.group(1)), threading.TIMEOUT_MAX) if match else None
 
 
 def _http_date(text: str) -> float | None:
     try:  # email.utils gives None before Python 3.10 and raises from then on
         date = email.utils.parsedate_tz(text)
         return None if date is None else float(email.utils.mktime_tz(date))
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, IndexError, UnboundLocalError):  # the last two are its own, before 3.10
         return None
 
 
@@ -459,12 +526,12 @@ class ToolCall(NamedTuple):
         """What the arguments say, ``{}`` for none; InvalidStreamError where they are not whole JSON"""
         if not self.arguments.strip():
             return {}
-        try:
-            return json.loads(self.arguments)
-        except ValueError as error:
+        parsed = _json(self.arguments)
+        if parsed is _NO_JSON:
             raise InvalidStreamError(
                 f"the arguments of tool call {self.name!r} are not whole JSON: {_excerpt(self.arguments)}"
-            ) from error
+            )
+        return parsed
 
 
 class Usage(NamedTuple):
@@ -712,7 +779,7 @@ def _split_line(line: bytes) -> tuple[bytes, bytes]:
     return field, value[1:] if value[:1] == b" " else value
 
 
-def _decode(value: bytes) -> str:
+def _decode(value: bytes | bytearray) -> str:
     return value.decode("utf-8", "replace")
 
 
@@ -733,10 +800,9 @@ class SSEDecoder:
         self._failure: InvalidStreamError | None = None
         self._first_line = True
         self._after_cr = False
-        self._open: list[bytes] = []  # the pieces of a line whose end is not in yet
-        self._open_size = 0
-        self._data: list[bytes] = []
-        self._size = 0  # of the fields of the event that is not ended yet
+        self._open = bytearray()  # a line whose end is not in yet
+        self._data: bytearray | None = None  # of the event that is not ended yet, None where it has none
+        self._size = 0  # of its data lines, names and all
         self._event = b""
         self._id = last_event_id.encode("utf-8")
         self._event_retry: int | None = None
@@ -755,8 +821,8 @@ class SSEDecoder:
         self._after_cr = block[-1:] == b"\r"
         rest = b"" if block[-1:] in b"\r\n" else lines.pop()
         if lines and self._open:
-            lines[0] = b"".join(self._open) + lines[0]
-            self._open, self._open_size = [], 0
+            lines[0] = bytes(self._open + lines[0])
+            self._open = bytearray()
         return self._take(lines, rest)
 
     def _take(self, lines: list[bytes], rest: bytes) -> list[ServerSentEvent]:
@@ -769,12 +835,11 @@ class SSEDecoder:
                 else:
                     self._blank_line(events)
             if rest:
-                self._open.append(rest)
-                self._open_size += len(rest)
-                self._check_size(self._open_size)
+                self._open += rest
+                self._check_size(len(self._open))
         except InvalidStreamError as error:
             self._failure = error
-            self._open, self._data = [], []
+            self._open, self._data = bytearray(), None
             if not events:  # else at the next call, so that these are not lost
                 raise
         return events
@@ -786,15 +851,18 @@ class SSEDecoder:
                 "raise max_event_size if that is meant"
             )
 
+    def _without_bom(self, line: bytes) -> bytes:
+        first, self._first_line = self._first_line, False
+        return line[3:] if first and line[:3] == b"\xef\xbb\xbf" else line
+
     def _line(self, line: bytes) -> None:
-        if self._first_line:
-            self._first_line = False
-            if line[:3] == b"\xef\xbb\xbf":
-                line = line[3:]
-        field, value = _split_line(line)
+        field, value = _split_line(self._without_bom(line) if self._first_line else line)
         if field == b"data":
-            self._data.append(value)
             self._size += len(line)
+            if self._data is None:
+                self._data = bytearray(value)
+            else:  # one buffer: a list of lines would take more memory than their text
+                self._data += b"\n" + value
         elif field == b"event":
             self._event = value
         elif field == b"id":
@@ -807,12 +875,10 @@ class SSEDecoder:
         self._first_line = False
         # an id takes effect also where its block has no data
         self.last_event_id = _decode(self._id)
-        if self._data:
+        if self._data is not None:
             event = _decode(self._event) or "message"
-            events.append(
-                ServerSentEvent(event, _decode(b"\n".join(self._data)), self.last_event_id, self._event_retry)
-            )
-        self._data, self._size, self._event, self._event_retry = [], 0, b"", None
+            events.append(ServerSentEvent(event, _decode(self._data), self.last_event_id, self._event_retry))
+        self._data, self._size, self._event, self._event_retry = None, 0, b"", None
 
     def flush(self) -> list[ServerSentEvent]:
         """The last event where it lacks only its blank line, at the end of the input
@@ -822,17 +888,17 @@ class SSEDecoder:
         """
         if self._failure:
             raise self._failure
-        line = b"".join(self._open)
-        self._open, self._open_size = [], 0
-        if line[:1] != b":":  # what a comment would have said does not matter
-            if line and _split_line(line)[0] != b"data":
-                self._data = []  # an event name or an id that may be cut short
-            elif line:
+        line = self._without_bom(bytes(self._open))
+        self._open = bytearray()
+        if line and line[:1] != b":":  # what a comment would have said does not matter
+            if _split_line(line)[0] == b"data":
                 self._line(line)
+            else:
+                self._data = None  # an event name or an id that may be cut short
         events: list[ServerSentEvent] = []
-        if self._data and _is_whole(_decode(b"\n".join(self._data))):
+        if self._data is not None and _is_whole(_decode(self._data)):
             self._blank_line(events)
-        self._data = []
+        self._data = None
         return events
 
 
@@ -841,12 +907,7 @@ def _is_whole(data: str) -> bool:
     data = data.strip()
     if data == "[DONE]":
         return True
-    if data[-1:] not in ("}", "]"):
-        return False
-    try:
-        return isinstance(json.loads(data), (dict, list))
-    except (ValueError, RecursionError):
-        return False
+    return data[-1:] in ("}", "]") and isinstance(_json(data), (dict, list))
 
 
 def _blocks_of(source: requests.Response | Iterable[bytes]) -> Iterable[bytes]:
@@ -897,12 +958,16 @@ class _JSONDecoder:
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
         self._max_event_size = max_event_size
         self._failure: InvalidStreamError | None = None
-        self._pieces: list[bytes] = []  # of the object that is not whole yet
-        self._size = 0
+        self._object = bytearray()  # the one that is not whole yet
         self._depth = 0
         self._in_string = False
         self._escaped = False
         self._bom = b"\xef\xbb\xbf"
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether an object is begun and not ended"""
+        return self._depth > 0
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         if self._failure:
@@ -914,7 +979,7 @@ class _JSONDecoder:
                 position = self._inside(block, position, events) if self._depth else self._between(block, position)
         except InvalidStreamError as error:
             self._failure = error
-            self._pieces = []
+            self._object = bytearray()
             if not events:
                 raise
         return events
@@ -930,7 +995,7 @@ class _JSONDecoder:
             if block[position : position + 1] != b"{":
                 raise InvalidStreamError(f"expected JSON objects, got {_excerpt(block[position:])}")
             self._depth, position = 1, position + 1
-            self._pieces, self._size = [b"{"], 1
+            self._object = bytearray(b"{")
         return position
 
     def _inside(self, block: bytes, start: int, events: list[ServerSentEvent]) -> int:
@@ -950,8 +1015,8 @@ class _JSONDecoder:
                 break
         self._keep(block[start:position])
         if not self._depth:
-            events.append(ServerSentEvent(data=_decode(b"".join(self._pieces))))
-            self._pieces = []
+            events.append(ServerSentEvent(data=_decode(self._object)))
+            self._object = bytearray()
         return position
 
     def _mark(self, mark: bytes) -> None:
@@ -963,13 +1028,12 @@ class _JSONDecoder:
             self._depth += 1 if mark == b"{" else -1
 
     def _keep(self, piece: bytes) -> None:
-        self._size += len(piece)
-        if self._size > self._max_event_size:
+        self._object += piece
+        if len(self._object) > self._max_event_size:
             raise InvalidStreamError(
                 f"a JSON object of the stream is larger than {self._max_event_size} bytes; "
                 "raise max_event_size if that is meant"
             )
-        self._pieces.append(piece)
 
     def flush(self) -> list[ServerSentEvent]:
         if self._failure:
@@ -981,30 +1045,61 @@ def _framed(
     blocks: Iterator[bytes], content_type: str, format: str | None, max_event_size: int
 ) -> Iterator[ServerSentEvent]:
     """The events of an answer, in the framing it has; InvalidStreamError where that is none of ours"""
+    start = bytearray()
+    blank = True
     for block in blocks:
-        if not block.isspace():  # what is blank before the first event means nothing in any framing
-            kind = format or _framing(content_type, block.lstrip())
-            decoder = SSEDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
-            yield from _decoded(itertools.chain((block,), blocks), decoder)
-            return
+        # blank lines before the first event mean nothing in any framing; spaces are part of its line
+        blank = blank and block.isspace()
+        line = 1 + max(block.rfind(b"\r"), block.rfind(b"\n")) if blank else 0
+        if line:
+            start.clear()
+        start += block[line:]
+        if len(start) > max_event_size or (not blank and _can_be_told(content_type, _visible(start))):
+            break
+    visible = _visible(start)
+    if visible or len(start) > max_event_size:
+        kind = format or (_framing(content_type, visible) if visible else "sse")
+        decoder = SSEDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
+        yield from _decoded(itertools.chain((bytes(start),), blocks), decoder)
+        if isinstance(decoder, _JSONDecoder) and decoder.is_inside:
+            raise StreamInterrupted("the answer ended in the middle of its JSON")
+
+
+def _visible(start: bytearray) -> bytes:
+    """The beginning of a body, from its first byte that is not blank"""
+    match = re.search(rb"\S", start)
+    return bytes(start[match.start() :][:1000]) if match else b""
 
 
 def _media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def _framing(content_type: str, start: bytes) -> str:
-    """The framing, sse or json, by the Content-Type, and by the first byte where that is wrong or missing
+_JSON_TYPES = frozenset({"application/json", "application/x-ndjson", "application/jsonl"})
+#: how the first line of an event stream begins, a BOM aside
+_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?[:\r\n]|(?:data|id)$")
 
-    No line of an event stream that says anything begins with a brace or a bracket, and no JSON with a letter of
-    a field's name.
+
+def _can_be_told(content_type: str, start: bytes) -> bool:
+    """Whether so much of an answer says which framing it has"""
+    if start[:1] in (b"{", b"[", b"<") or _media_type(content_type) == "text/event-stream":
+        return bool(start)
+    return len(start) >= 16 or b"\n" in start or b"\r" in start
+
+
+def _framing(content_type: str, start: bytes) -> str:
+    """The framing, sse or json, by the Content-Type, and by the first line where that is wrong or missing
+
+    No line of an event stream that says anything begins with a brace or a bracket, and no JSON with the name of
+    a field.
     """
-    media_type, first = _media_type(content_type), start[:1]
-    if first in (b"{", b"["):
+    media_type = _media_type(content_type)
+    json_type = media_type in _JSON_TYPES
+    if start[:1] in (b"{", b"[") or (json_type and start[:4] in (b"\xef\xbb\xbf{", b"\xef\xbb\xbf[")):
         return "json"
-    if media_type == "text/event-stream" and first != b"<":
+    if media_type == "text/event-stream" and start[:1] != b"<":
         return "sse"
-    if first in (b":", b"d", b"e", b"i", b"r", b"\xef") and media_type != "text/html":
+    if media_type != "text/html" and _FIRST_LINE.match(start):
         return "sse"
     raise InvalidStreamError(
         f"expected Content-Type text/event-stream, got {content_type or 'none'!r} with {_excerpt(start)}; "
@@ -1022,6 +1117,8 @@ def encode_event(event: ServerSentEvent) -> bytes:
     one line end, so CR and CRLF come back as LF), and an ``event`` or ``id`` that holds a line end, or an ``id``
     with a NUL, is a ValueError because the format cannot carry it.
     """
+    if event.retry is not None and not (isinstance(event.retry, int) and event.retry >= 0):
+        raise ValueError(f"the reconnection time of an event is a whole number of milliseconds, got {event.retry!r}")
     for name, value, unfit in (("event", event.event, "\r\n"), ("id", event.id, "\r\n\0")):
         if any(character in value for character in unfit):
             raise ValueError(f"the {name} of an event cannot hold a line end or NUL, got {value!r}")
@@ -1118,19 +1215,13 @@ class Dialect:
         """The JSON object in an event's data, or None where there is nothing to read"""
         if not event.data.strip():
             return None
-        try:
-            payload = json.loads(event.data)
-        except (ValueError, RecursionError) as error:
-            if event.event not in self.event_names:
-                return None
-            raise InvalidStreamError(
-                f"expected JSON in the data of a {event.event!r} event, got {_excerpt(event.data)}"
-            ) from error
+        payload = _json(event.data)
         if isinstance(payload, dict):
             return payload
         if payload is None or event.event not in self.event_names:
             return None
-        raise InvalidStreamError(f"expected a JSON object in the data of an event, got {_excerpt(event.data)}")
+        expected = "JSON" if payload is _NO_JSON else "a JSON object"
+        raise InvalidStreamError(f"expected {expected} in the data of an event, got {_excerpt(event.data)}")
 
 
 class _OpenAI(Dialect):
@@ -1187,14 +1278,15 @@ class _OpenAI(Dialect):
             id=_text(payload.get("id")),
             model=_text(payload.get("model")),
         )
-        if not choices and (expected or named.usage):
-            yield named
-        for choice in choices:
-            yield self._choice(choice, named)
-            if choice.get("finish_reason") == "insufficient_system_resource":
-                raise StreamInterrupted("the server gave up for lack of resources (insufficient_system_resource)")
+        chunks = [self._choice(choice, named) for choice in choices]
+        if not choices and ((expected and "choices" in payload) or named.usage):  # else a ping, or the like
+            chunks = [named]
         if choices and all(self._finished.values()):
             self.whole = True
+        yield from chunks
+        if any(choice.get("finish_reason") == "insufficient_system_resource" for choice in choices):
+            self.whole = False
+            raise StreamInterrupted("the server gave up for lack of resources (insufficient_system_resource)")
 
     def _choice(self, choice: dict[str, Any], named: Chunk) -> Chunk:
         index = _count(choice.get("index"))
@@ -1206,7 +1298,7 @@ class _OpenAI(Dialect):
             delta = {}
         if delta:
             self._begun.add(index)
-        reason = choice.get("finish_reason") or None
+        reason = _text(choice.get("finish_reason")) or None
         self._finished[index] = bool(reason) or self._finished.get(index, False)
         text, thought = _content(delta.get("content"))
         return named._replace(
@@ -1287,10 +1379,12 @@ def _content(content: Any) -> tuple[str, str]:
     """The text and the reasoning in a content: a str, or a list of parts (Mistral)"""
     if not isinstance(content, list):
         return _text(content), ""
-    parts = [part for part in content if isinstance(part, dict)]
-    text = "".join(_text(part.get("text")) for part in parts)
-    thought = "".join(_content(part.get("thinking"))[0] for part in parts if "thinking" in part)
-    return text, thought
+    thoughts = (thought for part in content for thought in _list(_dict(part).get("thinking")))
+    return _texts(content), _texts(thoughts)
+
+
+def _texts(parts: Iterable[Any]) -> str:
+    return "".join(_text(_dict(part).get("text")) for part in parts)
 
 
 def _reasoning(delta: dict[str, Any]) -> str:
@@ -1332,19 +1426,33 @@ def _money(value: Any) -> Decimal | None:
 DIALECTS: dict[str, type[Dialect]] = {"openai": _OpenAI}
 
 
-def iter_chunks(events: Iterable[ServerSentEvent], dialect: str | type[Dialect] = "auto") -> Iterator[Chunk]:
+def iter_chunks(
+    events: Iterable[ServerSentEvent], dialect: str | type[Dialect] = "auto", *, choices: int = 1
+) -> Iterator[Chunk]:
     """What a stream of events says, in the words of a dialect
 
     Events may be ours or those of sseclient-py. Raises StreamError for an event that reports an error,
     InvalidStreamError for data that cannot be read, StreamInterrupted where the events end without the end
     marker; each has what came before in ``partial``. ``"auto"`` is ``openai``, the one dialect there is so far.
+    ``choices`` is how many were asked for (``n``): each must have its end.
     """
-    kind = DIALECTS["openai" if dialect == "auto" else dialect] if isinstance(dialect, str) else dialect
-    return _parsed(events, kind(), _Answer())
+    kind = _dialect("openai" if dialect == "auto" else dialect)
+    return _parsed(events, kind(choices), _Answer())
 
 
-def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, answer: _Answer) -> Iterator[Chunk]:
-    """The chunks of events, each folded into ``answer`` before it is given out"""
+def _dialect(dialect: str | type[Dialect]) -> type[Dialect]:
+    if isinstance(dialect, str) and dialect not in DIALECTS:
+        raise InvalidRequestError(f"no dialect {dialect!r}; there are {', '.join(DIALECTS)}")
+    return DIALECTS[dialect] if isinstance(dialect, str) else dialect
+
+
+def _parsed(
+    events: Iterable[ServerSentEvent], dialect: Dialect, answer: _Answer, document: bool = False
+) -> Iterator[Chunk]:
+    """The chunks of events, each folded into ``answer`` before it is given out
+
+    ``document`` says that the events are all of one JSON document, which is an answer or none.
+    """
     try:
         for event in events:
             for chunk in dialect.chunks(event):
@@ -1352,6 +1460,8 @@ def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, answer: _Answer
                 yield chunk
             if dialect.done:
                 break
+        if document and not answer.given and not dialect.whole:
+            raise InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
         if dialect.require_end and not dialect.whole:
             raise StreamInterrupted("the stream ended without its end marker")
     except (StreamInterrupted, StreamTimeout) as error:
@@ -1410,7 +1520,7 @@ def _error_message(error: dict[str, Any]) -> str:
         if isinstance(value, str) and value:
             return value
         if isinstance(value, list) and value:  # FastAPI: [{"msg": ...}]
-            return "; ".join(_text(_dict(item).get("msg")) for item in value)
+            return "; ".join(_text(item) or _text(_dict(item).get("msg")) for item in value)
     return ""
 
 
@@ -1427,8 +1537,8 @@ _PASSING = re.compile(
 
 def _stream_error(reported: _Reported) -> StreamError:
     code = reported.code
-    if isinstance(code, int) or (isinstance(code, str) and code.isdigit()):
-        passing = int(code) in RETRYABLE_STATUS
+    if re.fullmatch("[0-9]{3}", str(code)):
+        passing = int(str(code)) in RETRYABLE_STATUS
     else:
         passing = bool(_PASSING.search(f"{code or ''} {reported.type}"))
     return StreamError(
@@ -1452,9 +1562,11 @@ _QUOTA_CODES = frozenset(
         "enforced_spend_limit_reached",
     }
 )
-_MODEL_CODES = frozenset({"model_not_found", "DeploymentNotFound", "not_found_error"})
+_MODEL_CODES = frozenset({"model_not_found", "DeploymentNotFound", "not_found_error", "invalid_model"})
 #: a model that is not there, where no code says so (Gemini, Vertex, Ollama, DeepSeek)
-_MODEL_MESSAGE = re.compile(r"\bmodels?\b.*\b(not found|does not exist|not exist)\b", re.IGNORECASE | re.DOTALL)
+_MODEL_MESSAGE = re.compile(
+    r"\bmodels?\b.*\b(not found|does not exist|not exist)\b|\bnot a valid model\b", re.IGNORECASE | re.DOTALL
+)
 #: a key refused with another status than 401 (Gemini, xAI)
 _KEY_MESSAGE = re.compile(r"\bAPI_KEY_INVALID\b|\b(incorrect|invalid) api key\b", re.IGNORECASE)
 
@@ -1495,11 +1607,8 @@ _ADVICE: dict[type[SheepError], str] = {
 
 def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", where: str = "") -> SheepError:
     """The error that an answer's status, headers and body mean, in any vendor's shape"""
-    try:
-        payload = json.loads(body)
-    except (ValueError, RecursionError):
-        payload = None
-    reported = _reported_error(payload, certain=payload is not None) or _Reported("")
+    payload = _json(body)
+    reported = _reported_error(payload, certain=payload is not _NO_JSON) or _Reported("")
     kind = _error_class(status, reported)
     says = {"true": True, "false": False}.get((headers.get("x-should-retry") or "").strip().lower())
     request_id = headers.get("x-request-id") or headers.get("request-id") or reported.request_id or None
@@ -1529,7 +1638,7 @@ def _status_message(
 ) -> str:
     said = reported.message
     if 300 <= status < 400:
-        said = f"a redirect to {_public_url(headers.get('location') or '?')}, which is not followed"
+        said = f"a redirect to {_public_url(headers.get('location') or '')}, which is not followed"
     elif not said:
         content_type = headers.get("content-type") or "no Content-Type"
         said = f"{content_type} with {_excerpt(body)}" if body.strip() else "no message"
@@ -1539,16 +1648,18 @@ def _status_message(
 
 def _public_url(url: str) -> str:
     """A URL without what may be secret in it: user, password, query, fragment"""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "?"
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    parts = _split_url(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) or "?"
 
 
 # ============================================================================================================
 # 7. Policies: when to wait, when to give up. May use: Errors and above
 # ============================================================================================================
+
+
+def _is_hopeless(error: object) -> bool:
+    """Whether a failed connection will fail again: for a certificate, or a file of certificates that is not there"""
+    return re.search("certificate|hostname .* doesn't match", str(error), re.IGNORECASE) is not None
 
 
 class Retry(_Urllib3Retry):
@@ -1629,8 +1740,8 @@ class Retry(_Urllib3Retry):
         """
         if attempt > self.total + len(self.history) or not self._may_retry(error):
             return None
-        verdict: bool | float = self.should_retry(error, attempt) if self.should_retry else True
-        if verdict is False:
+        verdict: bool | float | None = self.should_retry(error, attempt) if self.should_retry else True
+        if verdict is None or verdict is False:
             return None
         if verdict is not True:
             return max(0.0, float(verdict))
@@ -1642,9 +1753,11 @@ class Retry(_Urllib3Retry):
         return delay
 
     def _may_retry(self, error: SheepError) -> bool:
-        if not error.retryable:
+        if isinstance(error, (QuotaError, AuthenticationError)):
             return False
-        return error.status is None or error.status in self.statuses or error._server_says is True
+        if error._server_says is not None:
+            return error._server_says
+        return error.retryable if error.status is None else error.status in self.statuses
 
     def backoff(self, attempt: int) -> float:
         """Seconds to wait after attempt number ``attempt`` where nobody says how long"""
@@ -1655,6 +1768,12 @@ class Retry(_Urllib3Retry):
         return delay * random.uniform(0.5, 1.0) if self.jitter else delay
 
     # What urllib3 calls, for session()
+
+    @classmethod
+    def from_int(cls, retries: Any, redirect: Any = True, default: Any = None) -> Any:
+        """A policy from a number of retries"""
+        retries = default if retries is None else retries
+        return retries if isinstance(retries, _Urllib3Retry) else cls(5 if retries is None else int(retries))
 
     def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
         return status_code >= 400  # increment() decides: it sees the headers
@@ -1672,6 +1791,8 @@ class Retry(_Urllib3Retry):
         attempt = len(self.history) + 1
         status = response.status if response is not None else None
         failure = _status_error(status, response.headers) if status else ConnectError(str(error))
+        if error is not None:
+            failure.retryable = not _is_hopeless(error)
         delay = self.wait(failure, attempt)
         if delay is None:
             if self.on_give_up:
@@ -1704,11 +1825,12 @@ class _Wire:
         #: why the call was ended from outside: "cancelled", "closed", or None
         self.ended: str | None = None
         self._read_timeout = read_timeout
+        self.connect_timeout: float | None = None
         #: the moments (time.monotonic) at which the call, and the wait for its next chunk, must be over
         self.deadline = None if deadline is None else time.monotonic() + deadline
         self.due: float | None = None
         self._due_reason = ""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may cancel, in the thread that holds it
         self._socket: socket.socket | None = None
         self._wake = threading.Event()
 
@@ -1717,16 +1839,25 @@ class _Wire:
         self.due = None if seconds is None else time.monotonic() + seconds
         self._due_reason = reason
 
+    @contextlib.contextmanager
+    def connecting(self) -> Iterator[None]:
+        """While a connection is made, what is read (of a proxy) is read within the connect time-out"""
+        read_timeout, self._read_timeout = self._read_timeout, self.connect_timeout
+        try:
+            yield
+        finally:
+            self._read_timeout = read_timeout
+
     def attach(self, sock: socket.socket | None) -> None:
         """Notes the socket that the reader is about to wait on"""
         with self._lock:
             self._socket = sock
         self.check()
 
-    def detach(self, sock: socket.socket) -> None:
-        """Forgets a socket that is read to its end, before it can be another's"""
+    def detach(self, sock: socket.socket | None = None) -> None:
+        """Forgets a socket that is read to its end, before it can be another's; without one whichever it is"""
         with self._lock:
-            if self._socket is sock:
+            if sock is None or self._socket is sock:
                 self._socket = None
 
     def end(self, why: str) -> None:
@@ -1827,18 +1958,29 @@ class _WireConnection:
     response_class = _WireResponse
     sock: Any
 
+    def _new_conn(self) -> Any:
+        sock = super()._new_conn()  # type: ignore[misc]
+        try:
+            self._tell(sock)  # from here on a proxy or a TLS handshake may be waited for
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
     def connect(self) -> None:
-        super().connect()  # type: ignore[misc]
-        self._tell()
+        wire = getattr(_sending, "wire", None)
+        with contextlib.nullcontext() if wire is None else wire.connecting():
+            super().connect()  # type: ignore[misc]
+        self._tell(self.sock)
 
     def putrequest(self, *args: Any, **options: Any) -> Any:
-        self._tell()
+        self._tell(self.sock)
         return super().putrequest(*args, **options)  # type: ignore[misc]
 
-    def _tell(self) -> None:
+    def _tell(self, sock: Any) -> None:
         wire = getattr(_sending, "wire", None)
-        if wire is not None and self.sock is not None:
-            wire.attach(self.sock)
+        if wire is not None and sock is not None:
+            wire.attach(sock)
 
 
 class _WireHTTPConnection(_WireConnection, HTTPConnection):  # type: ignore[misc]  # typed for urllib3's own only
@@ -1885,16 +2027,23 @@ class _Session(requests.Session):
     """A session whose redirects to another origin carry no key, whichever header holds it"""
 
     def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
+        if self.should_strip_auth(response.request.url, prepared_request.url):  # type: ignore[no-untyped-call]
+            # but for cookies, which requests itself has chosen for the new origin
+            for name in _key_headers(prepared_request.headers):
+                if name.lower() != "cookie":
+                    del prepared_request.headers[name]
         super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
-        if self.should_strip_auth(  # type: ignore[no-untyped-call]
-            response.request.url, prepared_request.url
-        ):
-            for name in [name for name in prepared_request.headers if name.lower() in _KEY_HEADERS]:
-                del prepared_request.headers[name]
 
 
-def _mounted(adapter: HTTPAdapter) -> requests.Session:
-    made = _Session()
+class _StayingSession(_Session):
+    """A session that follows no redirect, nor prepares to: requests would read all of its body for that"""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
+
+
+def _mounted(adapter: HTTPAdapter, kind: type[_Session] = _Session) -> requests.Session:
+    made = kind()
     made.mount("https://", adapter)
     made.mount("http://", adapter)
     return made
@@ -1926,14 +2075,15 @@ def _send(
 ) -> requests.Response:
     """Sends one request, within the limits of the wire; SheepError where no answer comes"""
     where = _public_url(url)
+    handled = sys.exc_info()[1]  # what the caller is handling already is no cause of what fails here
     limits = [limit for limit in (connect_timeout, wire.seconds_left()) if limit is not None]
     timeout = (min(limits, default=None), wire.seconds_left())
-    _sending.wire = wire
+    _sending.wire, wire.connect_timeout = wire, connect_timeout
     try:
         wire.check()
         return via.request(method, url, stream=True, timeout=timeout, **options)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-        raise _connect_error(error, where) from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        raise _connect_error(error, where, handled) from error
     finally:
         _sending.wire = None
 
@@ -1950,23 +2100,25 @@ def _as_pair(timeout: float | tuple[float | None, float | None] | None) -> tuple
 _UNSENDABLE = (
     requests.exceptions.InvalidHeader,
     requests.exceptions.InvalidSchema,
+    getattr(requests.exceptions, "InvalidJSONError", ValueError),  # since requests 2.26
     requests.exceptions.InvalidURL,
     requests.exceptions.MissingSchema,
+    requests.exceptions.TooManyRedirects,
     urllib3.exceptions.LocationValueError,
-    UnicodeError,
+    ValueError,  # http.client's for a header, a codec's, urlsplit's for a redirect that nobody follows
 )
 
 
-def _connect_error(error: Exception, where: str) -> SheepError:
+def _connect_error(error: Exception, where: str, handled: BaseException | None) -> SheepError:
     """What a failure to get an answer means"""
     if isinstance(error, _UNSENDABLE):
         return InvalidRequestError(f"the request to {where} cannot be sent: {error}")
     if isinstance(error, requests.ReadTimeout):
         return StreamTimeout(f"no answer from {where} for the read time-out")
-    reason = _chain(error)[-1]  # what urllib3 and requests wrap around it says no more
+    # what urllib3 and requests wrap around the first cause says no more
+    reason = [link for link in _chain(error, handled) if isinstance(link, (OSError, HTTPException))][-1]
     failure = ConnectError(f"no connection to {where}: {reason}")
-    if isinstance(error, requests.exceptions.SSLError) and "certificate" in str(error).lower():
-        failure.retryable = False  # it will be no better the next time
+    failure.retryable = not _is_hopeless(error)
     return failure
 
 
@@ -1976,11 +2128,38 @@ _ERROR_BODY = 64 * 1024
 _ERROR_BODY_TIME = 5.0
 
 
-def _read_some(blocks: Iterable[bytes], limit: int) -> bytes:
-    """The beginning of a body, as far as it comes"""
+def _limited_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]:
+    """The blocks of a body, within the limits of the wire also where the session is the caller's own"""
+    if isinstance(getattr(response.raw, "_original_response", None), _WireResponse):
+        yield from iter_bytes(response)  # which reads through a _WireReader
+        return
+    sock = _socket_of(response)
+    blocks = iter_bytes(response)
+    while True:
+        try:
+            wire.attach(sock)
+            if sock is not None:
+                wire.before_recv(sock)
+        except OSError as error:
+            raise _body_error(error) from error
+        block = next(blocks, b"")
+        if not block:
+            wire.detach()
+            return
+        yield block
+
+
+def _error_body(response: requests.Response, wire: _Wire) -> bytes:
+    """So much of an error's body as is worth waiting for"""
+    wire.expect(_ERROR_BODY_TIME, "the body of an error did not come")
+    return _read_some(_limited_blocks(response, wire), _ERROR_BODY, [])
+
+
+def _read_some(blocks: Iterable[bytes], limit: int, failure: list[SheepError]) -> bytes:
+    """The beginning of a body, as far as it comes; what ends it early is left in ``failure``"""
     body: list[bytes] = []
     size = 0
-    for block in _until_failure(blocks, []):
+    for block in _until_failure(blocks, failure):
         body.append(block)
         size += len(block)
         if size >= limit:
@@ -2011,7 +2190,8 @@ def iter_sse(
     """
     source = _EventSource(method, url, last_event_id, max_event_size)
     policy = Retry() if retry is None else retry
-    via = _mounted(HTTPAdapter()) if session is None else session
+    via = _mounted(_WireAdapter(max_retries=0)) if session is None else session
+    secrets = _Secrets(headers or {}, url)
     failures = 0
     try:
         while True:
@@ -2024,6 +2204,7 @@ def iter_sse(
                 if source.finished or not reconnect:
                     return
             except SheepError as error:
+                secrets.hide_error(error)
                 failure = error
                 if not reconnect:
                     raise
@@ -2039,12 +2220,16 @@ def _reconnection_pause(policy: Retry, failure: SheepError, failures: int, secon
         delay = policy.wait(failure, max(failures, 1))
         if delay is None:
             if policy.on_give_up:
-                policy.on_give_up(failure, failures)
+                policy.on_give_up(failure, max(failures, 1))
             raise failure
         if policy.on_retry:
             policy.on_retry(failure, failures, max(delay, seconds))
         seconds = max(delay, seconds)
     (policy.sleep_function or time.sleep)(seconds)
+
+
+#: seconds; time.sleep cannot sleep for the longest time that a server can ask for
+_LONGEST_RECONNECTION = 86400.0
 
 
 class _EventSource:
@@ -2064,28 +2249,29 @@ class _EventSource:
         last_event_id = self._decoder.last_event_id
         sent: dict[str, Any] = {"Accept": "text/event-stream", "Cache-Control": "no-cache", **(headers or {})}
         if last_event_id:
-            sent["Last-Event-ID"] = last_event_id.encode("utf-8")  # a str would go out as latin-1
+            # a str would go out as latin-1, and requests refuses blanks at the ends, which HTTP does not keep
+            sent["Last-Event-ID"] = last_event_id.strip(" \t").encode("utf-8")
         wire = _Wire(timeout[1])
         response = _send(via, wire, self._method, self._url, timeout[0], headers=sent, **options)
         try:
             if response.status_code == 204:
                 self.finished = True
                 return
-            _require_event_stream(response)
+            _require_event_stream(response, wire)
             # a fresh decoder: what was not ended is dropped with the connection
             self._decoder = _StrictDecoder(self._max_event_size, last_event_id)
-            yield from _decoded(iter_bytes(response), self._decoder)
+            yield from _decoded(_limited_blocks(response, wire), self._decoder)
         finally:
             response.close()
             if self._decoder.retry is not None:
-                self.reconnection_time = self._decoder.retry / 1000
+                self.reconnection_time = min(self._decoder.retry / 1000, _LONGEST_RECONNECTION)
 
 
-def _require_event_stream(response: requests.Response) -> None:
+def _require_event_stream(response: requests.Response, wire: _Wire) -> None:
     """Raises for an answer that EventSource would not read"""
     where = _public_url(response.url)
     if response.status_code != 200:
-        body = _read_some(iter_bytes(response), _ERROR_BODY)
+        body = _error_body(response, wire)
         raise _status_error(response.status_code, response.headers, body, where)
     content_type = response.headers.get("Content-Type") or ""
     if _media_type(content_type) != "text/event-stream":
@@ -2219,24 +2405,17 @@ def _endpoint(base_url: str, path: str) -> str:
 def _checked_url(base_url: str) -> str:
     try:
         parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        # the parser that connects must see the host that the key is chosen by
+        same = (urllib3.util.parse_url(base_url).host or "").strip("[]").lower() == parts.hostname
+        clean = not re.search(r"[\x00-\x20\\]", base_url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and same and clean
+    except (ValueError, urllib3.exceptions.LocationParseError):
         usable = False
     if not usable:
-        raise InvalidRequestError(f"expected a base_url like https://api.example.com/v1, got {base_url!r}")
+        raise InvalidRequestError(
+            f"expected a base_url like https://api.example.com/v1, got {_public_url(base_url.rpartition('@')[2])!r}"
+        )
     return base_url
-
-
-def _secrets_of(key_headers: Mapping[str, str], base_url: str) -> tuple[str, ...]:
-    """What must be seen in no message: keys, and what a URL holds of the kind"""
-    found = [value.partition(" ")[2] or value for value in key_headers.values()]
-    found.extend(key_headers.values())
-    parts = urlsplit(base_url)
-    found.append(parts.password or "")
-    found.extend(
-        value for name, value in parse_qsl(parts.query) if re.search("key|token|secret|sig", name, re.IGNORECASE)
-    )
-    return tuple(sorted({value for value in found if len(value) > 3}, key=len, reverse=True))
 
 
 class Health(NamedTuple):
@@ -2266,7 +2445,8 @@ class StreamStats(NamedTuple):
     chunks: int = 0
     #: characters of text
     chars: int = 0
-    #: output tokens, by the provider's count, a second from the first text to the end; None without a count
+    #: output tokens, by the provider's count, a second from the first piece of the answer to the end; None
+    #: without a count, or where all came in one piece
     tokens_per_second: float | None = None
     #: requests sent
     attempts: int = 0
@@ -2283,6 +2463,8 @@ class _Clock:
         self.start: float | None = None
         self.answered: float | None = None
         self.first_text: float | None = None
+        self.first_piece: float | None = None  # of anything, reasoning and tool calls too
+        self.pieces = 0
         self.end: float | None = None
         self.longest_gap = 0.0
         self.chunks = 0
@@ -2292,6 +2474,10 @@ class _Clock:
         if self.chunks and came - asked > self.longest_gap:
             self.longest_gap = came - asked
         self.chunks += 1
+        if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.refusal:
+            self.pieces += 1
+            if self.first_piece is None:
+                self.first_piece = came
         if chunk.text and chunk.index == 0:
             self.chars += len(chunk.text)
             if self.first_text is None:
@@ -2303,8 +2489,8 @@ class _Clock:
     def stats(self, usage: Usage | None, attempts: int, reconnects: int) -> StreamStats:
         end = self.end if self.end is not None else time.monotonic()
         rate = None
-        if usage is not None and usage.output_tokens and self.first_text is not None and end > self.first_text:
-            rate = usage.output_tokens / (end - self.first_text)
+        if usage is not None and usage.output_tokens and self.pieces > 1 and self.first_piece is not None:
+            rate = usage.output_tokens / max(end - self.first_piece, 1e-6)
         return StreamStats(
             ttfb=self.since_start(self.answered),
             ttft=self.since_start(self.first_text),
@@ -2322,6 +2508,10 @@ class _StreamClosed(SheepError):
     """close() was called while the reader waited: it ends quietly"""
 
 
+#: the options of a call for which None means no limit
+_LIMITS = ("timeout", "first_timeout", "idle_timeout")
+
+
 class _CallOptions(NamedTuple):
     """What a Client sets for its calls, and a call may set for itself"""
 
@@ -2334,14 +2524,14 @@ class _CallOptions(NamedTuple):
     max_event_size: int
 
     def but(self, **changes: Any) -> _CallOptions:
-        """With what is not None in ``changes``; headers are added to those there are"""
-        given = {name: value for name, value in changes.items() if value is not None}
+        """With ``changes``, where None is no change, or no limit; headers are added to those there are"""
+        given = {name: value for name, value in changes.items() if value is not None or name in _LIMITS}
         if "retry" in given:
             given["retry"] = _as_retry(given["retry"])
         if "timeout" in given:
             given["timeout"] = _as_pair(given["timeout"])
         if "headers" in given:
-            given["headers"] = {**self.headers, **given["headers"]}
+            given["headers"] = _Hidden({**self.headers, **given["headers"]})
         if given.get("format") not in (None, "sse", "json"):
             raise ValueError(f"format is 'sse' or 'json', got {given['format']!r}")
         return self._replace(**given)
@@ -2382,7 +2572,8 @@ class _Call:
         self.reconnects = 0
         self.continuity = "single"
         self.response: requests.Response | None = None
-        self.own_request_id = self.request_id = _new_request_id()
+        given_id = next((value for name, value in options.headers.items() if name.lower() == "x-request-id"), None)
+        self.own_request_id = self.request_id = given_id or _new_request_id()
         self.wire = _Wire(options.timeout[1])
         self.body = body
         self._via = via
@@ -2393,11 +2584,11 @@ class _Call:
         self._refusing = set() if refusing is None else refusing
         self._owned = owned
         self._failures = 0
+        self._answered_at = 0.0
+        self._plain = False  # whether this call does without what the dialect asks for beside the caller's own
         self._url = _endpoint(target.base_url, target.dialect.path)
         self._where = _public_url(self._url)
-        own_keys = {name: value for name, value in options.headers.items() if name.lower() in _KEY_HEADERS}
-        self._key_headers = {**target.key_headers, **own_keys}
-        self._secrets = _secrets_of(self._key_headers, target.base_url)
+        self._secrets = _Secrets(target.key_headers, target.base_url)
 
     # Sending
 
@@ -2426,21 +2617,27 @@ class _Call:
             if error.status not in (400, 422) or not any(name in str(error) for name in self._optional()):
                 raise
         # the server refuses what only we asked for: it is asked once more without, which is no retry
+        self._plain = True
+        response = self._answered(self._sent())
         self._refusing.add(self._target.base_url)
-        return self._answered(self._sent())
+        return response
 
     def _optional(self) -> dict[str, Any]:
         """What the dialect asks for beside the caller's own, unless this server refused it before"""
-        if self._target.base_url in self._refusing:
+        if self._plain or self._target.base_url in self._refusing:
             return {}
         optional = self._target.dialect.optional(bool(self.body.get("stream")))
         return {name: value for name, value in optional.items() if name not in self.body}
 
     def _sent(self) -> requests.Response:
         """The answer to one request, whatever it says"""
+        if self.wire.ended:
+            raise StreamInterrupted("ended before it was sent")
+        data = _json_body({**self.body, **self._optional()})
         self.attempts += 1
         _log.debug("request %s: POST %s, attempt %d", self.own_request_id, self._where, self.attempts)
-        self.wire.expect(self._options.first_timeout, "no chunk came for first_timeout")
+        first = self._options.first_timeout
+        self.wire.expect(first, f"no chunk came for the first_timeout of {first} seconds")
         streamed = bool(self.body.get("stream"))
         headers: dict[str, Any] = {
             "Accept": "text/event-stream" if streamed else "application/json",
@@ -2455,30 +2652,34 @@ class _Call:
             "POST",
             self._url,
             self._options.timeout[0],
-            data=_json_body({**self.body, **self._optional()}),
+            data=data,
             headers={**headers, **self._options.headers},
-            auth=_KeyAuth(self._key_headers) if self._key_headers else None,
+            auth=_KeyAuth(self._target.key_headers) if self._target.key_headers else None,
             allow_redirects=False,
         )
 
     def _answered(self, response: requests.Response) -> requests.Response:
         """The response if it is a good one, else its error"""
-        response.request = _hide_request(response.request)
+        self._secrets.hide_response(response)
         self.response = response
         headers = response.headers
         self.request_id = headers.get("x-request-id") or headers.get("request-id") or self.own_request_id
         _log.debug("request %s: status %d", self.own_request_id, response.status_code)
+        self._answered_at = time.monotonic()
+        if response.status_code == 204:
+            raise InvalidStreamError(
+                f"expected an answer from {self._where}, got status 204, which has none", status=204
+            )
         if 200 <= response.status_code < 300:
             if self.clock.answered is None:
-                self.clock.answered = time.monotonic()
+                self.clock.answered = self._answered_at
             return response
         try:
-            self.wire.expect(_ERROR_BODY_TIME, "the body of an error did not come")
-            body = _read_some(self._blocks(response), _ERROR_BODY)
+            body = _error_body(response, self.wire)
         finally:
             response.close()
         # so that .text and .json() of the error's response work, though it is closed
-        response._content = _hide(body.decode("utf-8", "replace"), self._secrets).encode("utf-8")
+        response._content = self._secrets.hide_bytes(body)
         response._content_consumed = True  # type: ignore[attr-defined]
         error = _status_error(response.status_code, headers, body, self._where)
         error.response, error.request = response, response.request
@@ -2527,25 +2728,29 @@ class _Call:
         """The chunks of one response"""
         dialect = self._target.dialect(_count(self.body.get("n"), 1))
         content_type = response.headers.get("Content-Type") or ""
-        blocks = self._blocks(response)
+        document = _is_document(content_type)
+        blocks = _limited_blocks(response, self.wire)
         try:
             events = _framed(blocks, content_type, self._options.format, self._options.max_event_size)
-            yield from self._timed(_parsed(events, dialect, self.answer), dialect)
+            yield from self._timed(_parsed(events, dialect, self.answer, document), dialect)
             if self.wire.ended:
-                raise self._judged(StreamInterrupted())
+                raise StreamInterrupted("ended from outside")
             if dialect.done:
                 self._read_out(response, blocks)
         except SheepError as error:
-            judged = self._judged(_unexpected_json(error, content_type, self.answer))
-            if judged is error:
-                raise
-            raise judged from error
+            if document and isinstance(error, StreamError) and not self.answer.given:
+                error = _refused_with_200(error)
+            raise self._judged(error) from error.__cause__
         finally:
+            self.wire.detach()
             response.close()
 
     def _timed(self, chunks: Iterator[Chunk], dialect: Dialect) -> Iterator[Chunk]:
         """The same chunks, each within the limits, and noted by the clock"""
         wire, clock, idle = self.wire, self.clock, self._options.idle_timeout
+        reason = f"no chunk came for the idle_timeout of {idle} seconds"
+        if wire.due is not None:  # what the caller did since the answer began is not the server's time
+            wire.due += time.monotonic() - self._answered_at
         while True:
             asked = time.monotonic()
             if wire.ended or (wire.deadline is not None and asked >= wire.deadline and not dialect.whole):
@@ -2558,38 +2763,19 @@ class _Call:
             if dialect.whole:
                 wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
             else:
-                wire.expect(idle, "no chunk came for idle_timeout")
-
-    def _blocks(self, response: requests.Response) -> Iterator[bytes]:
-        """The blocks of a body, within the limits of the wire also where the session is the caller's own"""
-        if isinstance(getattr(response.raw, "_original_response", None), _WireResponse):
-            yield from iter_bytes(response)
-            return
-        sock = _socket_of(response)
-        blocks = iter_bytes(response)
-        while True:
-            try:
-                self.wire.attach(sock)
-                if sock is not None:
-                    self.wire.before_recv(sock)
-            except OSError as error:
-                raise _body_error(error) from error
-            block = next(blocks, b"")
-            if not block:
-                return
-            yield block
+                wire.expect(idle, reason)
 
     def _read_out(self, response: requests.Response, blocks: Iterator[bytes]) -> None:
         """What follows the end marker means nothing, but only a body read to its end frees the connection"""
-        self.wire.expect(_DRAIN_TIME, "")
+        self.wire.expect(_DRAIN_TIME, "the body did not end after its end marker")
         for _ in _until_failure(blocks, []):
             pass
-        self.wire.expect(None, "")
 
     # Ending
 
     def _judged(self, error: SheepError) -> SheepError:
-        """What an error means: a limit passed, and a call ended from outside, look like lost connections"""
+        """What an error means, without the key: a limit passed, or an end from outside, look like a lost connection"""
+        self._secrets.hide_error(error)
         if self.wire.ended == "cancelled":
             return StreamCancelled("the stream was cancelled")
         if self.wire.ended:
@@ -2606,7 +2792,7 @@ class _Call:
         error.request_id = error.request_id or self.request_id
         if error.response is None and self.response is not None:
             error.response, error.request = self.response, self.response.request
-        _hide_error(error, self._secrets)
+        self._secrets.hide_error(error)
         if isinstance(error, StreamCancelled):
             return
         level = logging.WARNING if self.answer.given else logging.DEBUG
@@ -2641,20 +2827,19 @@ def _json_body(body: Mapping[str, Any]) -> bytes:
         raise InvalidRequestError(f"the request cannot be written as JSON: {error}") from error
 
 
-def _unexpected_json(error: SheepError, content_type: str, answer: _Answer) -> SheepError:
-    """The error for one JSON document that is no answer: not a stream that failed, but no stream"""
-    if _media_type(content_type) != "application/json" or answer.given:
-        return error
-    if isinstance(error, StreamError):
-        said = str(error).partition(": ")[2]
-        return InvalidStreamError(
-            f"expected an answer, got status 200 with an error: {said}",
-            vendor_code=error.vendor_code,
-            request_id=error.request_id,
-        )
-    if isinstance(error, StreamInterrupted) and error.__cause__ is None:
-        return InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
-    return error
+def _is_document(content_type: str) -> bool:
+    """Whether an answer is one JSON document, by its Content-Type"""
+    return _media_type(content_type) == "application/json"
+
+
+def _refused_with_200(error: StreamError) -> InvalidStreamError:
+    """The error for one JSON document that is an error: not a stream that failed, but no stream"""
+    said = str(error).partition(": ")[2]
+    return InvalidStreamError(
+        f"expected an answer, got status 200 with an error: {said}",
+        vendor_code=error.vendor_code,
+        request_id=error.request_id,
+    )
 
 
 class Stream:
@@ -2707,6 +2892,8 @@ class Stream:
     def _as_reader(self, step: Callable[[], _T | None]) -> _T | None:
         """Takes a step of reading; whatever ends it lets go of the connection"""
         if not self._busy.acquire(blocking=False):
+            if self._call.wire.ended == "closed":  # by the thread that holds the lock
+                return None
             raise RuntimeError("a Stream belongs to one thread; only cancel() and close() may come from others")
         try:
             return step()
@@ -2729,6 +2916,9 @@ class Stream:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
@@ -2831,8 +3021,8 @@ class Client:
     between two, which keep-alive comments do not count for; all in seconds, None for no limit. ``retry`` is a
     Retry or a number of retries. ``headers`` are sent with each request. ``session`` may be any object shaped
     like a requests.Session: it keeps its adapters, and their retries come on top of ``retry``; ``cancel()`` and
-    the limits then reach a read, but not a wait for headers. ``format`` ("sse" or "json") overrides what the
-    answer's Content-Type says, ``max_event_size`` is in bytes.
+    the limits then reach a read, but not a wait for headers, nor bytes that trickle inside a chunk's size.
+    ``format`` ("sse" or "json") overrides what the answer's Content-Type says, ``max_event_size`` is in bytes.
 
     May be shared between threads, but not across a fork. A context manager with ``close()``.
     """
@@ -2856,16 +3046,14 @@ class Client:
     ) -> None:
         if provider is not None and provider not in PROVIDERS:
             raise InvalidRequestError(f"no provider {provider!r}; there are {', '.join(PROVIDERS)}")
-        if isinstance(dialect, str) and dialect not in DIALECTS:
-            raise InvalidRequestError(f"no dialect {dialect!r}; there are {', '.join(DIALECTS)}")
         if api_key is True:
             raise TypeError("api_key is a str, or False for a server that takes none")
         self.provider = provider
         self.base_url = None if base_url is None else _checked_url(base_url)
         self.model = model
         self._api_key = api_key
-        self._dialect = DIALECTS[dialect] if isinstance(dialect, str) else dialect
-        self._options = _CallOptions(Retry(), _as_pair(timeout), first_timeout, idle_timeout, {}, None, 0).but(
+        self._dialect = None if dialect is None else _dialect(dialect)
+        self._options = _CallOptions(Retry(), _as_pair(timeout), first_timeout, idle_timeout, _Hidden(), None, 0).but(
             retry=retry, headers=headers, format=format, max_event_size=max_event_size
         )
         self._session = session
@@ -2930,7 +3118,7 @@ class Client:
     ) -> _Call:
         if resume not in ("auto", "never"):
             raise ValueError(f"resume is 'auto' or 'never', got {resume!r}")
-        options = self._options.but(**{name: params.pop(name, None) for name in _CALL_OPTIONS})
+        options = self._options.but(**{name: params.pop(name) for name in _CALL_OPTIONS if name in params})
         if on_retry is not None:
             options = options.but(retry=options.retry.new(on_retry=on_retry))
         _refuse_options(params)
@@ -2955,7 +3143,7 @@ class Client:
             return self._session
         with self._lock:
             if self._own_session is None:
-                self._own_session = _mounted(_WireAdapter(max_retries=0, pool_maxsize=100))
+                self._own_session = _mounted(_WireAdapter(max_retries=0, pool_maxsize=100), _StayingSession)
             return self._own_session
 
     def _target(self, model: str | None, headers: Mapping[str, str]) -> _Target:
@@ -2967,10 +3155,11 @@ class Client:
         base_url = self.base_url or (row.base_url if row else "")
         dialect = self._dialect or DIALECTS[row.dialect if row else "openai"]
         key = self._key(row, base_url, headers)
-        return _Target(base_url, dialect, dialect.key_headers(key) if key else {}, row.check_path if row else "/models")
+        key_headers = {**(dialect.key_headers(key) if key else {}), **_key_headers(headers)}
+        return _Target(base_url, dialect, _Hidden(key_headers), row.check_path if row else "/models")
 
     def _key(self, row: Provider | None, base_url: str, headers: Mapping[str, str]) -> str | None:
-        if self._api_key is False or any(name.lower() in _KEY_HEADERS for name in headers):
+        if self._api_key is False or _key_headers(headers):
             return None
         if isinstance(self._api_key, str):
             return _checked_key(self._api_key, "api_key", row)
@@ -2992,22 +3181,23 @@ class Client:
         except AuthenticationError as error:
             return Health(False, "no_key", error=str(error))
         url = _endpoint(target.base_url, target.check_path)
-        secrets = _secrets_of(target.key_headers, target.base_url)
+        secrets = _Secrets(target.key_headers, target.base_url)
         started = time.monotonic()
         try:
             body = self._asked(url, target, timeout)
         except SheepError as error:
-            _hide_error(error, secrets)
+            secrets.hide_error(error)
             unreachable = error.status is None and isinstance(error, (ConnectError, StreamTimeout, StreamInterrupted))
             status = "bad_key" if isinstance(error, AuthenticationError) else "http_error"
             latency = None if unreachable else time.monotonic() - started
             return Health(False, "unreachable" if unreachable else status, latency, error=str(error))
         latency = time.monotonic() - started
-        models = tuple(_text(_dict(row).get("id")) for row in _list(_dict(body).get("data")))
-        return Health(True, "ok", latency, models)
+        names = (_text(_dict(row).get("id")) for row in _list(_dict(body).get("data")))
+        return Health(True, "ok", latency, tuple(name for name in names if name))
 
     def _asked(self, url: str, target: _Target, timeout: float) -> Any:
         """What a GET at the provider gives, as JSON"""
+        failure: list[SheepError] = []
         wire = _Wire(timeout, deadline=timeout)
         response = _send(
             self._via(),
@@ -3020,34 +3210,39 @@ class Client:
             allow_redirects=False,
         )
         try:
-            body = _read_some(iter_bytes(response), _MAX_EVENT_SIZE)
+            body = _read_some(_limited_blocks(response, wire), _MAX_EVENT_SIZE, failure)
         finally:
             response.close()
+        if failure and response.status_code == 200:
+            raise failure[0]
         if response.status_code != 200:
             raise _status_error(response.status_code, response.headers, body, _public_url(url))
-        try:
-            return json.loads(body)
-        except ValueError as error:
+        answer = _json(body)
+        if answer is _NO_JSON:
             raise InvalidStreamError(
                 f"expected JSON from {_public_url(url)}, got {_excerpt(body)}; is the base URL that of the API?"
-            ) from error
+            )
+        return answer
 
 
 #: keywords of a Client that a single call may set for itself
 _CALL_OPTIONS = ("retry", "timeout", "first_timeout", "idle_timeout", "headers", "format", "max_event_size")
 #: keywords that make a Client of their own in stream() and complete()
 _CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session")
-#: keywords that the body must never see, because a later version gives them a meaning
-_LATER_OPTIONS = ("alignment", "breaker", "checkpoint", "fallback", "limiter", "prices", "refresh", "resume_from")
+#: keywords that the body must never see, and why they are refused
+_REFUSED_OPTIONS = {
+    **dict.fromkeys(_CLIENT_OPTIONS, "belongs to the Client"),
+    **dict.fromkeys(("client", "resume"), "is no option here"),
+    **dict.fromkeys(("alignment", "breaker", "checkpoint", "fallback"), "is not there yet"),
+    **dict.fromkeys(("limiter", "prices", "refresh", "resume_from"), "is not there yet"),
+}
 
 
-def _refuse_options(params: Mapping[str, Any]) -> None:
+def _refuse_options(params: dict[str, Any]) -> None:
     """No option of ours goes into the body, where it would be a riddle to the server"""
-    for name in params:
-        if name in _CLIENT_OPTIONS:
-            raise TypeError(f"{name}= belongs to the Client; extra_body={{{name!r}: ...}} puts it into the request")
-        if name in _LATER_OPTIONS:
-            raise TypeError(f"{name}= is not there yet; extra_body={{{name!r}: ...}} puts it into the request")
+    for name in [name for name in params if name in _REFUSED_OPTIONS]:
+        if params.pop(name) not in (None, False):
+            raise TypeError(f"{name}= {_REFUSED_OPTIONS[name]}; extra_body={{{name!r}: ...}} puts it into the request")
 
 
 def _messages(messages: Any) -> list[Any]:
@@ -3132,7 +3327,8 @@ def _called(
     """The call of stream() and complete(), by a client given, made of their keywords, or of the environment"""
     own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
     asked = client or (Client(**own) if own else _Default.client())
-    return asked._call(messages, model, stream, resume, deadline, on_retry, params, owned=bool(own))
+    owned = bool(own) and "session" not in own
+    return asked._call(messages, model, stream, resume, deadline, on_retry, params, owned=owned)
 
 
 # ============================================================================================================
@@ -3154,14 +3350,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader, as head(1), has what it wanted; Python would complain when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # of stdout: a full disk, or none at all
+        print(f"sheepsse: the text cannot be written: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise ValueError(text)
+    return seconds
+
+
 def _prompted(options: Any) -> list[dict[str, str]]:
     """The messages that the command line asks for"""
     prompt = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
+    if not prompt.strip():
+        _parser().error("the prompt is empty")
     system = [{"role": "system", "content": options.system}] if options.system else []
     return [*system, {"role": "user", "content": prompt}]
 
@@ -3186,7 +3395,7 @@ def _parser() -> Any:
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with its type and time")
     parser.add_argument("--stats", action="store_true", help="times and counts to standard error, at the end")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up after so long in all")
+    parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give up after so long in all")
     parser.add_argument("--version", action="version", version=f"sheepsse {__version__}")
     return parser
 
@@ -3194,7 +3403,10 @@ def _parser() -> Any:
 def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
     show = _JSONLines() if options.json else _PlainText()
     answer: Stream | None = None
-    api_key = os.environ.get(options.key_variable, "") if options.key_variable else None
+    api_key = os.environ.get(options.key_variable) if options.key_variable else None
+    if options.key_variable and not api_key:
+        print(f"sheepsse: no API key in {options.key_variable}", file=sys.stderr)
+        return 1
     try:
         with Client(
             options.provider, base_url=options.base_url, api_key=False if options.no_key else api_key

@@ -15,6 +15,12 @@ import local_provider  # noqa: E402  # found by the line above
 import sheepsse  # noqa: E402
 
 
+def pytest_collection_finish(session):
+    """What is loaded by now is no garbage: to look through it after each test would cost more than the tests"""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch, tmp_path):
     for row in sheepsse.PROVIDERS.values():
