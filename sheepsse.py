@@ -1793,16 +1793,24 @@ class Retry(_Urllib3Retry):
         failure = _status_error(status, response.headers) if status else ConnectError(str(error))
         if error is not None:
             failure.retryable = not _is_hopeless(error)
-        delay = self.wait(failure, attempt)
+        if response is not None and response.get_redirect_location():
+            delay = 0.0 if self.total else None  # a PoolManager follows redirects so
+        else:
+            delay = self._after(failure, attempt)
         if delay is None:
-            if self.on_give_up:
-                self.on_give_up(failure, attempt)
             reason = error or urllib3.exceptions.ResponseError(f"{status} is not tried again")
             raise urllib3.exceptions.MaxRetryError(_pool, url or "", reason) from error
-        if self.on_retry:
-            self.on_retry(failure, attempt, delay)
         history = (*self.history, RequestHistory(method, url, error, status, None))
         return self.new(total=self.total - 1, history=history, delay=delay)
+
+    def _after(self, failure: SheepError, attempt: int) -> float | None:
+        """The wait after a failure, as the hooks are told of it"""
+        delay = self.wait(failure, attempt)
+        if delay is None and self.on_give_up:
+            self.on_give_up(failure, attempt)
+        if delay is not None and self.on_retry:
+            self.on_retry(failure, attempt, delay)
+        return delay
 
     def sleep(self, response: Any = None) -> None:
         if self.delay > 0:
@@ -1958,29 +1966,20 @@ class _WireConnection:
     response_class = _WireResponse
     sock: Any
 
-    def _new_conn(self) -> Any:
-        sock = super()._new_conn()  # type: ignore[misc]
-        try:
-            self._tell(sock)  # from here on a proxy or a TLS handshake may be waited for
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
     def connect(self) -> None:
         wire = getattr(_sending, "wire", None)
         with contextlib.nullcontext() if wire is None else wire.connecting():
             super().connect()  # type: ignore[misc]
-        self._tell(self.sock)
+        self._tell()  # not before: urllib3 before 2.3 loses a socket that is shut down before its TLS handshake
 
     def putrequest(self, *args: Any, **options: Any) -> Any:
-        self._tell(self.sock)
+        self._tell()
         return super().putrequest(*args, **options)  # type: ignore[misc]
 
-    def _tell(self, sock: Any) -> None:
+    def _tell(self) -> None:
         wire = getattr(_sending, "wire", None)
-        if wire is not None and sock is not None:
-            wire.attach(sock)
+        if wire is not None and self.sock is not None:
+            wire.attach(self.sock)
 
 
 class _WireHTTPConnection(_WireConnection, HTTPConnection):  # type: ignore[misc]  # typed for urllib3's own only
@@ -2115,10 +2114,12 @@ def _connect_error(error: Exception, where: str, handled: BaseException | None) 
         return InvalidRequestError(f"the request to {where} cannot be sent: {error}")
     if isinstance(error, requests.ReadTimeout):
         return StreamTimeout(f"no answer from {where} for the read time-out")
-    # what urllib3 and requests wrap around the first cause says no more
-    reason = [link for link in _chain(error, handled) if isinstance(link, (OSError, HTTPException))][-1]
-    failure = ConnectError(f"no connection to {where}: {reason}")
-    failure.retryable = not _is_hopeless(error)
+    # what requests and urllib3's retrying wrap around the cause repeats the URL, and says no more
+    wrappers = (requests.RequestException, urllib3.exceptions.MaxRetryError)
+    causes = [link for link in _chain(error, handled) if not isinstance(link, wrappers)] or [error]
+    named = [cause for cause in causes if isinstance(cause, (OSError, HTTPException))] or causes
+    failure = ConnectError(f"no connection to {where}: {named[-1]}")
+    failure.retryable = not any(map(_is_hopeless, causes))
     return failure
 
 
@@ -3023,6 +3024,7 @@ class Client:
     like a requests.Session: it keeps its adapters, and their retries come on top of ``retry``; ``cancel()`` and
     the limits then reach a read, but not a wait for headers, nor bytes that trickle inside a chunk's size.
     ``format`` ("sse" or "json") overrides what the answer's Content-Type says, ``max_event_size`` is in bytes.
+    No error and no log line of ours shows the key; what is secret in a ``base_url`` urllib3 logs at DEBUG.
 
     May be shared between threads, but not across a fork. A context manager with ``close()``.
     """

@@ -1,0 +1,1965 @@
+"""Sections 9 and 11, one Stream over real sockets: at once, whole or an error, and its connection let go"""
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import ssl
+import statistics
+import threading
+import time
+import urllib.parse
+import uuid
+
+import pytest
+import requests
+import trustme
+
+import sheepsse
+from local_provider import (
+    COMMENT,
+    FRAMINGS,
+    JSON,
+    MODEL,
+    TEXT,
+    Answer,
+    LocalProvider,
+    chat_events,
+    chunk_event,
+    data_event,
+    error_answer,
+    error_body,
+    framed,
+    json_completion,
+    split_words,
+)
+
+every_framing = pytest.mark.parametrize("framing", FRAMINGS)
+WORDS = split_words(TEXT)
+#: a client that would wait for ever if it waited at all
+PATIENT = {"timeout": (5, 30), "first_timeout": 30, "idle_timeout": 30}
+
+
+@pytest.fixture(scope="session")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_server(authority, monkeypatch, tmp_path):
+    """A server that speaks TLS, by a certificate that this process trusts"""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    bundle = tmp_path / "authority.pem"
+    authority.cert_pem.write_to_path(str(bundle))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
+    with LocalProvider(ssl_context=context) as provider:
+        yield provider
+
+
+@pytest.fixture(params=["plain", "tls"])
+def either_server(request):
+    """The server over plain TCP, then over TLS"""
+    return request.getfixturevalue("server" if request.param == "plain" else "tls_server")
+
+
+@contextlib.contextmanager
+def asking(server, **options):
+    """A client of the server that asks once, unless it is told otherwise"""
+    defaults = {"base_url": server.base_url, "api_key": False, "model": MODEL, "retry": 0}
+    with sheepsse.Client(**{**defaults, **options}) as made:
+        yield made
+
+
+def read(pieces):
+    """What comes of an iterator, and the SheepError that ended it or None; any other error is a failure"""
+    came = []
+    try:
+        for piece in pieces:
+            came.append(piece)
+    except sheepsse.SheepError as error:
+        return came, error
+    return came, None
+
+
+def timed(function):
+    """What a function gives, and the seconds it takes"""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def until(condition, seconds=5.0):
+    """Waits for a condition, and says whether it came"""
+    end = time.perf_counter() + seconds
+    while not condition():
+        if time.perf_counter() > end:
+            return False
+        time.sleep(0.0005)
+    return True
+
+
+@contextlib.contextmanager
+def in_another_thread(function, *arguments):
+    """Runs a function beside the block, and waits for it at the block's end; gives a list for its result"""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(*arguments)), daemon=True)
+    thread.start()
+    try:
+        yield results
+    finally:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def open_files():
+    """How many file descriptors this process holds; None where it cannot be seen"""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return None
+
+
+@pytest.fixture
+def keeps_files(server):
+    """Fails when the test leaves a connection or a file descriptor behind"""
+    before = open_files()
+    yield
+    assert server.wait_closed(5)
+    gc.collect()
+    assert open_files() == before
+
+
+# At once
+
+
+def random_text(size, seed=0):
+    return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=size))
+
+
+def delays(server, client, framing, size):
+    """Seconds from the sending of each event to its text in the caller's hands"""
+    texts = [random_text(size, seed) for seed in range(15)]
+    server.answer(Answer(events=chat_events(texts), framing=framing, pace=0.005))
+    server.sent_at.clear()
+    came = []
+    for text, expected in zip(client.stream("Go"), texts):
+        came.append(time.perf_counter())
+        assert text == expected
+    assert len(came) == len(texts)
+    return [moment - sent for sent, moment in zip(server.sent_at[1:], came)]  # the first brings the role
+
+
+@pytest.mark.parametrize("size", [20, 20_000])
+@every_framing
+def test_an_event_is_given_out_within_5_ms_of_being_sent(server, client, framing, size):
+    # another process may take the machine for a while, so a bad round gets two more; late text is late in all
+    rounds = (statistics.median(delays(server, client, framing, size)) for _ in range(3))
+    assert any(median < 0.005 for median in rounds)
+
+
+@every_framing
+def test_an_event_is_given_out_within_5_ms_over_tls_too(tls_server, framing):
+    with asking(tls_server) as client:
+        rounds = (statistics.median(delays(tls_server, client, framing, 20)) for _ in range(3))
+        assert any(median < 0.005 for median in rounds)
+
+
+@every_framing
+@pytest.mark.parametrize("block", [1, 7, 4096])
+def test_the_text_is_the_same_however_it_travels(server, client, framing, block):
+    server.answer(Answer(framing=framing, block=block))
+    stream = client.stream("Go")
+    assert list(stream) == WORDS
+    assert stream.completion.complete
+
+
+# Whole, or an error
+
+
+def cut_error(server, client, **how):
+    """Reads a stream that goes wrong after two words; what came, and the error"""
+    server.answer(Answer(**{"cut_after": 3, **how}))
+    stream = client.stream("Go", resume="never")
+    came, error = read(stream)
+    assert error is not None, "taken for whole"
+    assert came == WORDS[:2], "what was received is given out first"
+    assert error.partial.text == "".join(came) == stream.text
+    assert error.partial.complete is stream.completion.complete is False
+    return error
+
+
+@every_framing
+@pytest.mark.parametrize("cut", ["fin", "reset"])
+def test_a_cut_stream_is_never_taken_for_whole(either_server, framing, cut):
+    with asking(either_server) as client:
+        error = cut_error(either_server, client, framing=framing, cut=cut)
+    assert type(error) is sheepsse.StreamInterrupted
+    assert (error.code, error.retryable) == ("CONNECTION_LOST", True)
+    assert error.resume_point == sheepsse.ResumePoint("", None, len("".join(WORDS[:2])))
+
+
+@pytest.mark.parametrize("framing", ["length", "gzip-length"])
+def test_a_body_shorter_than_its_content_length_is_an_error_that_says_so(server, client, framing):
+    assert "IncompleteRead" in str(cut_error(server, client, framing=framing))
+
+
+@pytest.mark.parametrize("framing", ["chunked", "one-chunk", "gzip"])
+def test_a_missing_last_chunk_is_an_error_where_no_end_marker_came(server, client, framing):
+    events = chat_events(WORDS[:2], finish=None, done=False)
+    assert type(cut_error(server, client, events=events, framing=framing)) is sheepsse.StreamInterrupted
+
+
+@every_framing
+def test_a_body_that_ends_in_order_without_an_end_marker_is_an_error(server, client, framing):
+    events = chat_events(WORDS[:2], finish=None, done=False)
+    error = cut_error(server, client, events=events, framing=framing, cut_after=None)
+    assert type(error) is sheepsse.StreamInterrupted
+    assert "end marker" in str(error)
+
+
+@every_framing
+def test_a_read_timeout_in_the_body_gives_out_what_came_first(either_server, framing):
+    with asking(either_server, timeout=(5, 0.1)) as client:
+        error = cut_error(either_server, client, framing=framing, cut_after=None, stall_after=3)
+    assert type(error) is sheepsse.StreamTimeout
+    assert "no byte came for the read time-out" in str(error)
+    assert either_server.wait_closed(5)
+
+
+@pytest.mark.parametrize("framing", ["close", "chunked", "gzip"])
+def test_a_cut_inside_a_character_gives_no_unicode_error_and_no_half_character(server, client, framing):
+    events = [*chat_events(["before "], finish=None, done=False), chunk_event(content="🐑")]
+    body = b"".join(events)
+    cut = body[: body.index("🐑".encode()) + 2]
+    server.answer(Answer(body=cut, framing=framing))
+    came, error = read(client.stream("Go"))
+    assert came == ["before "]
+    assert type(error) is sheepsse.StreamInterrupted
+    assert error.partial.text == "before "
+
+
+def small(content=None, finish_reason=None):
+    choice = {"index": 0, "delta": {} if content is None else {"content": content}, "finish_reason": finish_reason}
+    return data_event({"choices": [choice]})
+
+
+SHORT_TEXTS = ["é", "chữ", " 🐑", "."]
+SHORT = [*map(small, SHORT_TEXTS), small(finish_reason="stop"), data_event("[DONE]")]
+
+
+@pytest.mark.parametrize("cut", ["fin", "reset"])
+@pytest.mark.parametrize("framing", ["chunked", "gzip", "close"])
+def test_a_cut_at_any_byte_loses_nothing_that_came_and_invents_nothing(server, client, framing, cut):
+    body = framed(framing, SHORT)
+    writes = list(body.writes)
+    ends = list(itertools.accumulate(map(len, writes)))
+    total = ends[-1] + len(body.ending())
+    for at in range(total + 1):
+        server.answer(Answer(events=SHORT, framing=framing, cut_at=at, cut=cut))
+        stream = client.stream("Go", resume="never")
+        came, error = read(stream)
+        assert "".join(SHORT_TEXTS).startswith("".join(came)), at
+        # a chunk's last two bytes only close the chunk
+        arrived = sum(end - 2 * (framing != "close") <= at for end in ends)
+        assert came[:arrived] == SHORT_TEXTS[:arrived], at
+        if error is None:
+            assert came == SHORT_TEXTS, at
+            assert stream.completion.complete, at
+            assert arrived >= len(SHORT_TEXTS), at
+        else:
+            assert type(error) is sheepsse.StreamInterrupted, at
+            assert error.partial == stream.completion, at
+            assert error.partial.text == "".join(came), at
+            assert not error.partial.complete, at
+            assert arrived <= len(SHORT_TEXTS), at  # with the finish reason it is whole
+
+
+BROKEN_BODIES = {
+    "a chunk size that is no number": [b"zz\r\nnot a chunk\r\n"],
+    "a chunk size without an end": [b"1" * 70_000],
+    "no chunk at all": [b"\r\n"],
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_BODIES.values(), ids=BROKEN_BODIES)
+def test_broken_chunks_are_one_clear_error(server, client, broken):
+    first = chat_events(WORDS[:2], finish=None, done=False)
+    chunks = [b"%x\r\n%s\r\n" % (len(event), event) for event in first]
+    server.answer(Answer(events=chunks + broken, framing="close", headers={"Transfer-Encoding": "chunked"}))
+    came, error = read(client.stream("Go"))
+    assert came == WORDS[:2]
+    assert type(error) is sheepsse.StreamInterrupted
+    assert error.partial.text == "".join(came)
+
+
+def test_a_body_that_is_not_what_its_content_encoding_says_is_one_clear_error(server, client):
+    server.answer(Answer(framing="length", headers={"Content-Encoding": "gzip"}))
+    came, error = read(client.stream("Go"))
+    assert came == []
+    assert type(error) is sheepsse.InvalidStreamError
+    assert "Content-Encoding" in str(error)
+
+
+@every_framing
+def test_a_finish_reason_without_done_is_whole(server, client, framing):
+    server.answer(Answer(events=chat_events(WORDS, done=False), framing=framing))
+    stream = client.stream("Go")
+    assert list(stream) == WORDS
+    assert stream.finish_reason == "stop"
+    assert stream.completion.complete
+
+
+@every_framing
+@pytest.mark.parametrize("cut", ["fin", "reset"])
+def test_a_cut_after_the_finish_reason_loses_only_the_usage(server, client, framing, cut):
+    server.answer(Answer(framing=framing, cut_after=len(WORDS) + 2, cut=cut))
+    stream = client.stream("Go")
+    assert list(stream) == WORDS
+    assert stream.completion.complete
+    assert stream.usage is None
+
+
+@every_framing
+def test_done_is_whole_even_where_the_body_is_not(server, client, framing):
+    server.answer(Answer(framing=framing, cut_after=len(WORDS) + 4))
+    stream = client.stream("Go")
+    assert list(stream) == WORDS
+    assert stream.completion.complete
+    assert stream.usage is not None
+
+
+@every_framing
+def test_silence_after_the_finish_reason_ends_the_stream_within_the_usage_wait(server, monkeypatch, framing):
+    monkeypatch.setattr(sheepsse, "_USAGE_WAIT", 0.05)
+    server.answer(Answer(framing=framing, stall_after=len(WORDS) + 2))
+    with asking(server, idle_timeout=0.7) as client:
+        stream = client.stream("Go")
+        came, seconds = timed(lambda: list(stream))
+    assert came == WORDS
+    assert stream.completion.complete
+    assert stream.usage is None
+    assert 0.04 < seconds < 0.5
+    assert server.wait_closed(5)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close", "gzip"])
+def test_comments_after_the_finish_reason_do_not_prolong_the_usage_wait(server, monkeypatch, framing):
+    monkeypatch.setattr(sheepsse, "_USAGE_WAIT", 0.05)
+    server.answer(Answer(framing=framing, stall_after=len(WORDS) + 2, keepalive=0.01))
+    with asking(server, idle_timeout=0.7) as client:
+        came, seconds = timed(lambda: list(client.stream("Go")))
+    assert came == WORDS
+    assert 0.04 < seconds < 0.5
+
+
+def test_silence_after_the_usage_ends_the_stream_within_the_usage_wait(server, monkeypatch):
+    monkeypatch.setattr(sheepsse, "_USAGE_WAIT", 0.05)
+    server.answer(Answer(stall_after=len(WORDS) + 3))
+    with asking(server, idle_timeout=None) as client:
+        stream = client.stream("Go")
+        came, seconds = timed(lambda: list(stream))
+    assert came == WORDS
+    assert stream.usage is not None
+    assert 0.04 < seconds < 0.5
+
+
+def test_the_usage_wait_is_no_longer_than_the_idle_timeout(server):
+    server.answer(Answer(stall_after=len(WORDS) + 2))
+    with asking(server, idle_timeout=0.05) as client:
+        came, seconds = timed(lambda: list(client.stream("Go")))
+    assert came == WORDS
+    assert seconds < 1
+
+
+def test_a_deadline_that_passes_in_the_usage_wait_takes_nothing_from_a_whole_answer(server, client):
+    server.answer(Answer(stall_after=len(WORDS) + 2))
+    stream = client.stream("Go", deadline=0.15)
+    assert list(stream) == WORDS
+    assert stream.completion.complete
+
+
+def test_a_deadline_that_passes_as_the_last_chunk_is_handled_takes_nothing_either(server, client):
+    server.answer(Answer(events=chat_events(WORDS)))
+    stream = client.stream("Go", deadline=0.1)
+    for chunk in stream.chunks():
+        if chunk.finish_reason:
+            time.sleep(0.12)
+    assert stream.completion.complete
+
+
+def test_the_usage_that_comes_late_is_waited_for(server, client):
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    server.answer(Answer(events=chat_events(WORDS[:2], usage=usage), pace=0.03))
+    stream = client.stream("Go")
+    assert list(stream) == WORDS[:2]
+    assert stream.usage == sheepsse.Usage(3, 2, 5)
+
+
+def test_an_answer_in_several_choices_is_whole_when_each_has_finished(server, client):
+    both = [chunk_event(index=index, content=f"choice {index}") for index in (0, 1)]
+    ends = [chunk_event(index=index, finish_reason="stop") for index in (0, 1)]
+    server.answer(Answer(events=[*both, *ends]))
+    stream = client.stream("Go", n=2)
+    assert list(stream) == ["choice 0"]
+    assert stream.completion.complete
+    server.answer(Answer(events=[*both, ends[0]]))
+    came, error = read(client.stream("Go", n=2))
+    assert came == ["choice 0"]
+    assert type(error) is sheepsse.StreamInterrupted
+
+
+def test_a_dialect_may_do_without_an_end_marker(server):
+    class Endless(sheepsse.DIALECTS["openai"]):
+        require_end = False
+
+    events = chat_events(WORDS, finish=None, done=False)
+    server.answer(Answer(events=events))
+    with asking(server, dialect=Endless) as client:
+        assert list(client.stream("Go")) == WORDS
+        server.answer(Answer(events=events, cut_after=3))
+        assert type(read(client.stream("Go"))[1]) is sheepsse.StreamInterrupted  # a lost connection is one still
+
+
+# The mistakes that code of this kind makes
+
+
+def served(client, server, *payloads):
+    server.answer(Answer(events=[data_event(payload) for payload in payloads], content_type="text/event-stream"))
+    return read(client.stream("Go"))
+
+
+def test_broken_json_is_not_skipped_in_silence(server, client):
+    came, error = served(
+        client, server, {"choices": [{"index": 0, "delta": {"content": "a"}}]}, '{"choices": [', "[DONE]"
+    )
+    assert came == ["a"]
+    assert type(error) is sheepsse.InvalidStreamError
+    assert error.partial.text == "a"
+    assert error.retryable is False
+
+
+def test_an_empty_list_of_choices_and_a_null_delta_are_nothing(server, client):
+    good = {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": "stop"}]}
+    came, error = served(
+        client, server, {"choices": []}, {"choices": None}, {"choices": [{"index": 0, "delta": None}]}, good, "[DONE]"
+    )
+    assert (came, error) == (["a"], None)
+
+
+def test_an_error_in_the_stream_is_read_and_raised_after_what_came(server, client):
+    server.answer(Answer(events=[chunk_event(content="a"), error_body(500, "Overheated").join([b"data: ", b"\n\n"])]))
+    came, error = read(client.stream("Go"))
+    assert came == ["a"]
+    assert type(error) is sheepsse.StreamError
+    assert "Overheated" in str(error)
+    assert error.partial.text == "a"
+    assert len(server.requests) == 1
+
+
+def test_an_error_status_is_not_read_as_an_empty_stream(server, client):
+    server.answer(Answer(status=500, body=b"".join(chat_events(WORDS)), content_type="text/event-stream"))
+    came, error = read(client.stream("Go"))
+    assert came == []
+    assert type(error) is sheepsse.ServerError
+
+
+def test_an_html_page_is_no_stream_and_is_asked_for_once(server):
+    server.default = Answer(body=b"<!doctype html><p>Welcome", content_type="text/html")
+    with asking(server, retry=sheepsse.Retry(3, base_delay=0)) as client:
+        came, error = read(client.stream("Go"))
+    assert came == []
+    assert type(error) is sheepsse.InvalidStreamError
+    assert "text/html" in str(error)
+    assert "base URL" in str(error)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, json.JSONDecodeError, requests.ConnectionError, OSError])
+def test_the_consumers_own_error_is_never_swallowed(server, client, keeps_files, kind):
+    mine = kind("mine", "", 0) if kind is json.JSONDecodeError else kind("mine")
+    server.answer(Answer(stall_after=3))
+    with pytest.raises(kind) as caught:
+        for _ in client.stream("Go"):
+            raise mine
+    assert caught.value is mine
+    caught.value.__traceback__ = None
+
+
+def test_reasoning_comes_in_chunks_and_is_not_text(server, client):
+    server.answer(Answer(events=chat_events(["So", " it", " is"], reasoning=["Hm", "..."])))
+    stream = client.stream("Go")
+    chunks = list(stream.chunks())
+    assert [chunk.reasoning for chunk in chunks if chunk.reasoning] == ["Hm", "..."]
+    assert (stream.reasoning, stream.text) == ("Hm...", "So it is")
+
+
+# Cancel
+
+TIMES = 100
+
+
+def cancelled(stream, when=lambda: None):
+    """Reads a stream that another thread cancels when ``when`` returns; what came, the error, the seconds to it"""
+    moments = []
+
+    def cancel():
+        when()
+        moments.append(time.perf_counter())
+        stream.cancel()
+
+    with in_another_thread(cancel):
+        came, error = read(stream)
+        end = time.perf_counter()
+    return came, error, end - moments[0]
+
+
+def moment(number):
+    """Some milliseconds, another number of them each time"""
+    return (number * 7 % 10) / 4000
+
+
+@every_framing
+def test_cancel_ends_the_read_of_a_silent_server_every_time(either_server, framing):
+    before = open_files()
+    either_server.default = Answer(framing=framing, stall_after=3)
+    with asking(either_server, **PATIENT) as client:
+        for number in range(TIMES):
+            stream = client.stream("Go")
+            came = [next(stream), next(stream)]
+            more, error, seconds = cancelled(stream, lambda number=number: time.sleep(moment(number)))
+            assert type(error) is sheepsse.StreamCancelled, number
+            assert (came, more) == (WORDS[:2], [])
+            assert error.partial.text == "".join(came)
+            assert error.partial.complete is False
+            assert (error.code, error.retryable) == ("CANCELLED", False)
+            assert seconds < 0.2, number
+            error.__traceback__ = None
+    assert either_server.wait_closed(5)
+    assert open_files() == before
+
+
+def test_cancel_ends_a_wait_for_headers_every_time(either_server):
+    before = open_files()
+    either_server.default = Answer(delay=30)
+    with asking(either_server, **PATIENT) as client:
+        for number in range(TIMES):
+            asked = len(either_server.requests)
+            came, error, seconds = cancelled(
+                client.stream("Go"), lambda asked=asked: until(lambda: len(either_server.requests) > asked)
+            )
+            assert (came, type(error)) == ([], sheepsse.StreamCancelled), number
+            assert error.partial == sheepsse.Completion()
+            assert seconds < 0.2, number
+    assert either_server.wait_closed(5)
+    assert open_files() == before
+
+
+def test_cancel_ends_a_wait_for_headers_on_a_connection_from_the_pool(either_server):
+    with asking(either_server, **PATIENT) as client:
+        for number in range(20):
+            assert list(client.stream("Go")) == WORDS
+            either_server.answer(Answer(delay=30))
+            asked, connections = len(either_server.requests), either_server.connections
+            _, error, seconds = cancelled(
+                client.stream("Go"), lambda asked=asked: until(lambda: len(either_server.requests) > asked)
+            )
+            assert type(error) is sheepsse.StreamCancelled, number
+            assert seconds < 0.2, number
+            assert either_server.connections == connections
+    assert either_server.wait_closed(5)
+
+
+def test_cancel_ends_a_call_in_whatever_it_does_as_it_begins(either_server):
+    before = open_files()
+    either_server.default = Answer(delay=30)
+    with asking(either_server, **PATIENT) as client:
+        for number in range(TIMES):
+            _, error, seconds = cancelled(client.stream("Go"), lambda number=number: time.sleep(moment(number)))
+            assert type(error) is sheepsse.StreamCancelled, number
+            assert seconds < 0.2, number
+    assert either_server.wait_closed(5)
+    assert open_files() == before
+
+
+def test_cancel_ends_a_back_off_every_time(either_server):
+    before = open_files()
+    either_server.default = error_answer(503)
+    policy = sheepsse.Retry(3, base_delay=30)
+    with asking(either_server, retry=policy, **PATIENT) as client:
+        for number in range(TIMES):
+            waiting = threading.Event()
+            stream = client.stream("Go", on_retry=lambda *_, waiting=waiting: waiting.set())
+            came, error, seconds = cancelled(stream, lambda waiting=waiting: waiting.wait(5))
+            assert (came, type(error)) == ([], sheepsse.StreamCancelled), number
+            assert seconds < 0.2, number
+            assert len(either_server.requests) == number + 1
+    assert either_server.wait_closed(5)
+    assert open_files() == before
+
+
+def test_cancel_ends_the_reading_of_an_errors_body(server):
+    server.default = error_answer(500)._replace(stall_at=10)
+    with asking(server, retry=sheepsse.Retry(3, base_delay=0), **PATIENT) as client:
+        _, error, seconds = cancelled(client.stream("Go"), lambda: until(lambda: server.sent_at))
+    assert type(error) is sheepsse.StreamCancelled
+    assert seconds < 0.2
+    assert len(server.requests) == 1
+    assert server.wait_closed(5)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "close"])
+def test_cancel_ends_the_wait_for_the_usage(either_server, framing):
+    either_server.default = Answer(framing=framing, stall_after=len(WORDS) + 2)
+    with asking(either_server, **PATIENT) as client:
+        stream = client.stream("Go")
+        came = []
+        for chunk in stream.chunks():
+            came.append(chunk.text)
+            if chunk.finish_reason:
+                break
+        more, error, seconds = cancelled(stream, lambda: time.sleep(0.02))
+    assert ("".join(came), more) == (TEXT, [])
+    assert type(error) is sheepsse.StreamCancelled
+    assert (error.partial.text, error.partial.complete) == (TEXT, False)
+    assert seconds < 0.2
+    assert either_server.wait_closed(5)
+
+
+def test_cancel_ends_the_wait_to_ask_anew_for_a_lost_stream(server):
+    server.default = Answer(cut_after=1)
+    with asking(server, retry=sheepsse.Retry(3, base_delay=30), **PATIENT) as client:
+        waiting = threading.Event()
+        stream = client.stream("Go", on_retry=lambda *_: waiting.set())
+        _, error, seconds = cancelled(stream, lambda: waiting.wait(5))
+    assert type(error) is sheepsse.StreamCancelled
+    assert seconds < 0.2
+    assert len(server.requests) == 1
+
+
+def test_a_hook_may_cancel_or_close(server):
+    server.default = error_answer(503)
+    with asking(server, retry=sheepsse.Retry(3, base_delay=30), **PATIENT) as client:
+        stream = client.stream("Go", on_retry=lambda *_: stream.cancel())
+        assert type(read(stream)[1]) is sheepsse.StreamCancelled
+        stream = client.stream("Go", on_retry=lambda *_: stream.close())
+        assert read(stream) == ([], None)
+    assert len(server.requests) == 2
+
+
+def test_cancel_ends_a_stream_of_comments(server):
+    server.default = Answer(stall_after=1, keepalive=0.005)
+    with asking(server, **PATIENT) as client:
+        _, error, seconds = cancelled(client.stream("Go"), lambda: time.sleep(0.02))
+    assert type(error) is sheepsse.StreamCancelled
+    assert seconds < 0.2
+
+
+def test_cancel_between_two_words_gives_no_further_word(server, client, keeps_files):
+    server.answer(Answer(stall_after=5))  # more than one word has arrived
+    stream = client.stream("Go")
+    came = [next(stream)]
+    stream.cancel()
+    more, error = read(stream)
+    assert more == []
+    assert type(error) is sheepsse.StreamCancelled
+    assert error.partial.text == "".join(came)
+
+
+def test_cancel_in_the_loop_that_reads_ends_it(server, client, keeps_files):
+    server.answer(Answer(pace=0.005))
+    stream = client.stream("Go")
+    came = []
+    with pytest.raises(sheepsse.StreamCancelled) as caught:
+        for text in stream:
+            came.append(text)
+            if len(came) == 2:
+                stream.cancel()
+    assert came == WORDS[:2]
+    assert caught.value.partial.text == "".join(came)
+    caught.value.__traceback__ = None
+
+
+def test_a_stream_cancelled_before_its_start_sends_nothing(server, client):
+    stream = client.stream("Go")
+    stream.cancel()
+    came, error = read(stream)
+    assert (came, type(error)) == ([], sheepsse.StreamCancelled)
+    assert (server.connections, server.requests) == (0, [])
+    assert list(stream) == []
+
+
+def test_a_request_that_a_cancel_prevented_is_not_counted_as_sent(client):
+    stream = client.stream("Go")
+    stream.cancel()
+    read(stream)
+    assert stream.stats.attempts == 0
+
+
+def test_entering_a_cancelled_stream_raises_too(server, client):
+    stream = client.stream("Go")
+    stream.cancel()
+    with pytest.raises(sheepsse.StreamCancelled):
+        with stream:
+            pytest.fail("entered")
+    assert server.requests == []
+
+
+def test_cancel_after_the_end_does_nothing(server, client):
+    stream = client.stream("Go")
+    assert list(stream) == WORDS
+    stream.cancel()
+    stream.cancel()
+    assert list(stream) == []
+    assert stream.completion.complete
+    assert list(client.stream("Go")) == WORDS
+    assert server.connections == 1
+
+
+def test_cancel_after_an_error_does_nothing(server, client):
+    stream = client.stream("Go")
+    server.answer(error_answer(500))
+    assert type(read(stream)[1]) is sheepsse.ServerError
+    stream.cancel()
+    assert read(stream) == ([], None)
+
+
+def test_a_cancel_is_not_undone_by_close_nor_a_close_by_cancel(server, client):
+    server.default = Answer(stall_after=3)
+    stream = client.stream("Go")
+    next(stream)
+    stream.cancel()
+    stream.close()
+    assert read(stream) == ([], None)
+    assert server.wait_closed(5)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "gzip"])
+def test_a_cancel_as_a_stream_ends_never_hurts_the_next_on_its_connection(either_server, framing):
+    either_server.default = Answer(framing=framing)
+    whole = 0
+    with asking(either_server) as client:
+        for number in range(TIMES):
+            first = client.stream("Go")
+            with in_another_thread(lambda first=first, number=number: (time.sleep(moment(number)), first.cancel())):
+                came, error = read(first)
+                assert list(client.stream("And go")) == WORDS, number
+            assert error is None or type(error) is sheepsse.StreamCancelled, number
+            assert came == WORDS[: len(came)]
+            whole += error is None
+            assert list(client.stream("And go again")) == WORDS, number
+    assert whole > 0
+
+
+def test_a_late_cancel_never_hurts_the_stream_that_has_the_connection_now(either_server):
+    with asking(either_server) as client:
+        first = client.stream("Go")
+        assert list(first) == WORDS
+        either_server.answer(Answer(stall_after=3))
+        second = client.stream("Go")
+        came = [next(second)]
+        first.cancel()
+        first.close()
+        either_server.release()
+        assert came + list(second) == WORDS
+    assert either_server.connections == 1
+
+
+def test_a_cancelled_stream_frees_the_thread_that_reads_its_chunks(server, client):
+    server.answer(Answer(stall_after=3))
+    stream = client.stream("Go")
+    with in_another_thread(read, stream.chunks()) as results:
+        assert until(lambda: stream.text)
+        stream.cancel()
+    (came, error), *_ = results
+    assert "".join(chunk.text for chunk in came) == error.partial.text == stream.text
+    assert type(error) is sheepsse.StreamCancelled
+
+
+# The connection is let go
+
+
+@every_framing
+def test_leaving_the_loop_early_lets_go_of_the_connection(either_server, framing):
+    either_server.default = Answer(framing=framing, stall_after=3)
+    with asking(either_server) as client:
+        for text in client.stream("Go"):
+            assert text == WORDS[0]
+            break
+        assert either_server.wait_closed(5)
+
+
+def test_leaving_a_loop_over_chunks_early_lets_go_of_the_connection(server, client):
+    server.answer(Answer(stall_after=3))
+    for chunk in client.stream("Go").chunks():
+        assert chunk.model == MODEL
+        break
+    assert server.wait_closed(5)
+
+
+def test_an_error_in_the_loop_lets_go_of_the_connection(server, client):
+    server.answer(Answer(stall_after=3))
+    with pytest.raises(ZeroDivisionError) as caught:
+        for _ in client.stream("Go"):
+            1 / 0  # noqa: B018
+    caught.value.__traceback__ = None  # it refers to the frame that refers to the stream
+    assert server.wait_closed(5)
+
+
+def test_collection_lets_go_of_the_connection(server, client, keeps_files):
+    server.answer(Answer(stall_after=3))
+    stream = client.stream("Go")
+    next(stream)
+    assert server.open_connections == 1
+    del stream
+
+
+def test_collection_lets_go_of_a_stream_in_a_reference_cycle(server, client, keeps_files):
+    server.answer(Answer(stall_after=3))
+    stream = client.stream("Go")
+    next(stream)
+    cycle = [stream]
+    cycle.append(cycle)
+    del stream, cycle
+    gc.collect()
+    assert server.wait_closed(5)
+
+
+def test_collection_lets_go_of_a_stream_that_was_entered_and_never_read(server, client, keeps_files):
+    server.answer(Answer(stall_after=1))
+    stream = client.stream("Go")
+    stream.__enter__()
+    assert server.open_connections == 1
+    del stream
+    assert server.wait_closed(5)
+
+
+def test_a_stream_that_was_never_iterated_costs_and_sends_nothing(server, client):
+    before = open_files()
+    streams = [client.stream("Go") for _ in range(10)]
+    assert open_files() == before
+    assert server.connections == 0
+    assert streams[0].stats == sheepsse.StreamStats()
+    streams[0].close()
+    with_keywords = sheepsse.stream("Go", model=MODEL, base_url=server.base_url, api_key=False)
+    del with_keywords, streams
+    assert (server.connections, server.requests) == (0, [])
+    assert open_files() == before
+
+
+def test_leaving_with_lets_go_of_the_connection(server, client, keeps_files):
+    server.answer(Answer(stall_after=3))
+    with client.stream("Go") as stream:
+        assert len(server.requests) == 1, "entering opens the connection"
+        assert stream.response.status_code == 200
+        assert next(stream) == WORDS[0]
+    assert server.wait_closed(5)
+    assert list(stream) == []
+
+
+def test_leaving_with_before_the_first_word_lets_go_of_the_connection(server, client, keeps_files):
+    server.answer(Answer(stall_after=1))
+    with client.stream("Go"):
+        pass
+    assert server.wait_closed(5)
+
+
+def test_with_leaves_the_consumers_error_alone(server, client, keeps_files):
+    server.answer(Answer(stall_after=3))
+    with pytest.raises(LookupError, match="mine") as caught:
+        with client.stream("Go") as stream:
+            next(stream)
+            raise LookupError("mine")
+    caught.value.__traceback__ = None
+    assert server.wait_closed(5)
+
+
+def test_close_ends_a_stream_quietly_and_may_be_called_again(server, client, keeps_files):
+    server.answer(Answer(stall_after=3))
+    stream = client.stream("Go")
+    next(stream)
+    stream.close()
+    stream.close()
+    assert server.wait_closed(5)
+    assert list(stream) == []
+    assert stream.text == WORDS[0]
+    assert stream.completion.complete is False
+
+
+def test_a_closed_stream_is_not_opened_by_with_nor_by_next(server, client):
+    stream = client.stream("Go")
+    stream.close()
+    with stream:
+        assert list(stream) == []
+    assert server.requests == []
+
+
+def test_close_in_the_loop_that_reads_ends_it_quietly(server, client, keeps_files):
+    server.answer(Answer(stall_after=5))
+    stream = client.stream("Go")
+    came = []
+    for text in stream:
+        came.append(text)
+        stream.close()
+    assert came == WORDS[:1]
+
+
+def test_close_ends_a_reader_quietly_that_asks_for_more_meanwhile(server, client, keeps_files):
+    server.default = Answer(stall_after=3)
+    stream = client.stream("Go")
+    next(stream)
+    closing, response_close = threading.Event(), stream.response.close
+
+    def slow_close():
+        closing.set()
+        time.sleep(0.05)
+        response_close()
+
+    stream.response.close = slow_close
+    with in_another_thread(stream.close):
+        assert closing.wait(5)
+        assert list(stream) == []
+
+
+@every_framing
+def test_close_from_another_thread_ends_a_reader_quietly(either_server, framing):
+    either_server.default = Answer(framing=framing, stall_after=3)
+    with asking(either_server, **PATIENT) as client:
+        for number in range(10):
+            stream = client.stream("Go")
+            came = [next(stream), next(stream)]
+            with in_another_thread(lambda stream=stream, number=number: (time.sleep(moment(number)), stream.close())):
+                more, error = read(stream)
+            assert (came + more, error) == (WORDS[:2], None), number
+    assert either_server.wait_closed(5)
+
+
+def test_close_from_another_thread_ends_a_wait_for_headers_quietly(server):
+    server.default = Answer(delay=30)
+    with asking(server, **PATIENT) as client:
+        stream = client.stream("Go")
+        with in_another_thread(lambda: (until(lambda: server.requests), stream.close())):
+            assert read(stream) == ([], None)
+        stream = client.stream("Go")
+        with in_another_thread(lambda: (until(lambda: len(server.requests) > 1), stream.close())):
+            with stream:
+                assert list(stream) == []
+    assert server.wait_closed(5)
+
+
+def test_close_from_another_thread_ends_a_back_off_quietly(server):
+    server.default = error_answer(503)
+    waiting = threading.Event()
+    with asking(server, retry=sheepsse.Retry(3, base_delay=30), **PATIENT) as client:
+        stream = client.stream("Go", on_retry=lambda *_: waiting.set())
+        with in_another_thread(lambda: (waiting.wait(5), stream.close())):
+            assert timed(lambda: read(stream))[1] < 1
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("framing", ["chunked", "one-chunk", "length", "gzip", "gzip-length"])
+def test_a_stream_read_to_its_end_gives_its_connection_back(either_server, framing):
+    either_server.default = Answer(framing=framing)
+    with asking(either_server) as client:
+        for _ in range(5):
+            assert list(client.stream("Go")) == WORDS
+        with client.stream("Go") as stream:
+            assert list(stream) == WORDS
+        assert list(client.stream("Go")) == WORDS
+        assert either_server.connections == either_server.open_connections == 1
+    assert either_server.wait_closed(5)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "gzip", "gzip-length"])
+def test_what_follows_done_is_read_out_and_means_nothing(server, client, framing):
+    trailing = [COMMENT * 3000, chunk_event(content="too late"), b"data: not JSON\n\n", data_event("[DONE]")]
+    server.default = Answer(events=[*chat_events(WORDS), *trailing], framing=framing)
+    for _ in range(3):
+        assert list(client.stream("Go")) == WORDS
+    assert server.connections == 1
+
+
+@every_framing
+def test_a_server_that_stays_silent_after_done_is_not_waited_for(server, client, framing):
+    events = [*chat_events(WORDS), COMMENT, COMMENT]
+    server.default = Answer(events=events, framing=framing, stall_after=len(events) - 1)
+    stream = client.stream("Go")
+    came, seconds = timed(lambda: list(stream))
+    assert came == WORDS
+    assert stream.completion.complete
+    assert seconds < 0.5
+    assert server.wait_closed(5)
+
+
+def test_a_server_that_never_stops_talking_after_done_is_not_listened_to(server, client):
+    talk = COMMENT * 2_000_000
+
+    def events():
+        yield from chat_events(WORDS)
+        end = time.perf_counter() + 1
+        while time.perf_counter() < end:
+            yield talk
+
+    server.answer(Answer(events=events(), framing="close"))
+    came, seconds = timed(lambda: list(client.stream("Go")))
+    assert came == WORDS
+    assert seconds < 0.5
+
+
+def test_the_connection_of_an_error_is_given_back(server, client):
+    server.default = error_answer(400)
+    for _ in range(3):
+        assert type(read(client.stream("Go"))[1]) is sheepsse.InvalidRequestError
+    assert server.connections == 1
+
+
+def test_the_connection_of_an_error_that_is_tried_again_is_given_back(server):
+    server.answer(error_answer(503), error_answer(429))
+    with asking(server, retry=sheepsse.Retry(3, sleep=lambda _: None)) as client:
+        assert list(client.stream("Go")) == WORDS
+    assert server.connections == 1
+
+
+def test_a_stream_made_from_keywords_closes_its_client(server, keeps_files):
+    def ask(**params):
+        return sheepsse.stream("Go", model=MODEL, base_url=server.base_url, api_key=False, **params)
+
+    stream = ask()
+    assert list(stream) == WORDS
+    assert server.wait_closed(5), "read to its end"
+    server.answer(Answer(stall_after=3))
+    stream = ask()
+    next(stream)
+    stream.close()
+    assert server.wait_closed(5), "closed"
+    server.answer(error_answer(400))
+    with pytest.raises(sheepsse.InvalidRequestError):
+        next(ask())
+    assert server.wait_closed(5), "refused"
+    server.answer(Answer(stall_after=3))
+    for _ in ask():
+        break
+    assert server.wait_closed(5), "left"
+
+
+def test_complete_made_from_keywords_closes_its_client(server, keeps_files):
+    answer = sheepsse.complete("Go", model=MODEL, base_url=server.base_url, api_key=False)
+    assert answer.text == TEXT
+    assert server.wait_closed(5)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
+def test_an_interrupt_from_the_keyboard_comes_through_and_lets_go(server, client, keeps_files):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    server.default = Answer(stall_after=3)
+    old = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        stream = client.stream("Go")
+        next(stream)
+        with in_another_thread(lambda: (time.sleep(0.05), os.kill(os.getpid(), signal.SIGUSR1))):
+            with pytest.raises(KeyboardInterrupt) as caught:
+                list(stream)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    caught.value.__traceback__ = None
+    assert server.wait_closed(5)
+    assert list(stream) == []
+
+
+def test_an_error_of_a_hook_comes_through_and_lets_go(server, keeps_files):
+    def hook(*_):
+        raise LookupError("mine")
+
+    server.default = error_answer(503)
+    with asking(server, retry=2) as client:
+        stream = client.stream("Go", on_retry=hook)
+        with pytest.raises(LookupError, match="mine"):
+            list(stream)
+        assert list(stream) == []
+
+
+# One reader
+
+
+def test_a_stream_is_iterable_once(server, client):
+    stream = client.stream("Go")
+    assert iter(stream) is stream
+    assert list(stream) == WORDS
+    assert list(stream) == list(stream.chunks()) == []
+    assert len(server.requests) == 1
+
+
+def test_words_and_chunks_are_one_stream(client):
+    stream = client.stream("Go")
+    came = [next(stream)]
+    came += [chunk.text for chunk in stream.chunks() if chunk.text]
+    assert came == WORDS
+
+
+def test_a_second_thread_that_reads_gets_an_error_and_disturbs_nobody(server, client):
+    server.answer(Answer(stall_after=3))
+    stream = client.stream("Go")
+    with in_another_thread(read, stream) as results:
+        assert until(lambda: stream.text == "".join(WORDS[:2]))
+        with pytest.raises(RuntimeError, match="one thread"):
+            next(stream)
+        with pytest.raises(RuntimeError, match="one thread"):
+            next(stream.chunks())
+        server.release()
+    assert results == [(WORDS, None)]
+
+
+# Limits
+
+LIMIT = 0.1
+
+
+def late(server, limit, **options):
+    """Reads a stream that runs into a limit, which the error names, in time; what came before"""
+    call = {name: options.pop(name) for name in ("deadline",) if name in options}
+    with asking(server, **{**PATIENT, **options}) as client:
+        (came, error), seconds = timed(lambda: read(client.stream("Go", **call)))
+    assert type(error) is sheepsse.StreamTimeout
+    assert (error.code, error.retryable) == ("TIMEOUT", True)
+    assert limit in str(error)
+    assert LIMIT * 0.9 < seconds < LIMIT + 0.5
+    assert error.partial.text == "".join(came)
+    assert server.wait_closed(5)
+    return came
+
+
+FIRST = chat_events(WORDS[:1], finish=None, done=False)
+LONG = chunk_event(content="x" * 200)
+PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+SLOW = {"pace": 0.01}
+BY_HAND = {"framing": "close", "headers": {"Transfer-Encoding": "chunked"}}  # the chunks are in the events
+
+
+def by_bytes(data):
+    return [data[at : at + 1] for at in range(len(data))]
+
+
+def in_chunks(events):
+    return [b"%x\r\n%s\r\n" % (len(event), event) for event in events]
+
+
+#: answers that never bring a chunk
+NO_CHUNK = {
+    "silence": Answer(delay=5),
+    "the header byte by byte": Answer(header_pace=0.01),
+    "silence after the header": Answer(stall_at=0),
+    "a chunk's size byte by byte": Answer(events=[b"0"] * 300, **BY_HAND, **SLOW),
+    "an event byte by byte": Answer(body=LONG, block=1, framing="length", **SLOW),
+    "an event byte by byte, each in a chunk": Answer(body=LONG, block=1, **SLOW),
+    "an event byte by byte, compressed": Answer(body=LONG, block=1, framing="gzip", **SLOW),
+    "comments": Answer(stall_after=0, keepalive=0.01),
+    "comments without a length": Answer(stall_after=0, keepalive=0.01, framing="close"),
+    "compressed comments": Answer(stall_after=0, keepalive=0.01, framing="gzip"),
+    "blank lines": Answer(events=itertools.repeat(b"\n"), **SLOW),
+    "events without data": Answer(events=itertools.repeat(b"data:\n\n"), **SLOW),
+}
+#: answers that bring one word and never another
+ONE_WORD = {
+    "silence": Answer(events=[*FIRST, b":"], stall_after=2),
+    "a chunk's size byte by byte": Answer(events=[*in_chunks(FIRST), *[b"0"] * 300], **BY_HAND, **SLOW),
+    "an event byte by byte": Answer(events=[*FIRST, *by_bytes(LONG)], framing="length", **SLOW),
+    "an event byte by byte, each in a chunk": Answer(events=[*FIRST, *by_bytes(LONG)], **SLOW),
+    "an event byte by byte, compressed": Answer(events=[*FIRST, *by_bytes(LONG)], framing="gzip-close", **SLOW),
+    "comments": Answer(events=[*FIRST, b":"], stall_after=2, keepalive=0.01),
+    "compressed comments": Answer(events=[*FIRST, b":"], stall_after=2, keepalive=0.01, framing="gzip"),
+    "events without data": Answer(events=[*FIRST, *[b"data:\n\n"] * 300], **SLOW),
+}
+without_a_chunk = pytest.mark.parametrize("answer", NO_CHUNK.values(), ids=NO_CHUNK)
+with_one_word = pytest.mark.parametrize("answer", ONE_WORD.values(), ids=ONE_WORD)
+
+
+@without_a_chunk
+def test_first_timeout_holds_against(server, answer):
+    server.answer(answer)
+    assert late(server, "first_timeout", first_timeout=LIMIT) == []
+
+
+@with_one_word
+def test_idle_timeout_holds_against(server, answer):
+    server.answer(answer)
+    assert late(server, "idle_timeout", idle_timeout=LIMIT) == WORDS[:1]
+
+
+@without_a_chunk
+def test_a_deadline_holds_before_the_first_word_against(server, answer):
+    server.answer(answer)
+    assert late(server, "deadline", deadline=LIMIT) == []
+
+
+@with_one_word
+def test_a_deadline_holds_after_a_word_against(server, answer):
+    server.answer(answer)
+    assert late(server, "deadline", deadline=LIMIT) == WORDS[:1]
+
+
+@pytest.mark.parametrize("limit", ["first_timeout", "idle_timeout", "deadline"])
+def test_limits_hold_against_comments_without_a_pause(server, limit):
+    comments = COMMENT * 1_000_000
+    first = [] if limit == "first_timeout" else FIRST
+    server.answer(Answer(events=itertools.chain(first, itertools.repeat(comments, 1000)), framing="close"))
+    late(server, limit, **{limit: LIMIT})
+
+
+@pytest.mark.parametrize("limit", ["first_timeout", "idle_timeout"])
+def test_pings_are_no_chunks(server, limit):
+    before = [] if limit == "first_timeout" else FIRST
+    server.answer(Answer(events=[*before, *[PING] * 40], pace=0.01))
+    late(server, limit, **{limit: LIMIT})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Answer(delay=5), Answer(header_pace=5), Answer(stall_at=0), Answer(stall_at=1), Answer(stall_at=50)],
+    ids=["before the header", "in the header", "after the header", "in a chunk's size", "in an event"],
+)
+def test_the_read_timeout_is_for_silence_anywhere(either_server, answer):
+    either_server.answer(answer)
+    late(either_server, "read time-out", timeout=(5, LIMIT))
+
+
+def test_the_read_timeout_does_not_end_what_trickles(server):
+    server.answer(Answer(events=[COMMENT] * 10 + chat_events(["done"]), pace=0.02))
+    with asking(server, timeout=(5, 0.15)) as client:
+        assert list(client.stream("Go")) == ["done"]
+
+
+def test_limits_hold_over_tls(tls_server):
+    tls_server.answer(NO_CHUNK["the header byte by byte"])
+    late(tls_server, "first_timeout", first_timeout=LIMIT)
+    tls_server.answer(ONE_WORD["comments"])
+    late(tls_server, "idle_timeout", idle_timeout=LIMIT)
+    tls_server.answer(ONE_WORD["an event byte by byte"])
+    late(tls_server, "deadline", deadline=LIMIT)
+
+
+def test_a_deadline_holds_against_text_that_keeps_coming(server):
+    server.answer(Answer(events=[chunk_event(content="x")] * 300, pace=0.01))
+    assert late(server, "deadline", deadline=LIMIT)
+
+
+def test_a_deadline_counts_the_time_of_the_consumer_too(server, client):
+    server.answer(Answer(events=chat_events(WORDS, finish=None, done=False)))
+    came = []
+    with pytest.raises(sheepsse.StreamTimeout, match="deadline"):
+        for text in client.stream("Go", deadline=LIMIT):
+            came.append(text)
+            time.sleep(LIMIT / 2)
+    assert came == WORDS[:2]
+
+
+def test_a_slow_consumer_is_not_an_idle_stream(server):
+    server.answer(Answer(pace=0.02))
+    with asking(server, idle_timeout=0.06, timeout=(5, 0.06)) as client:
+        came = []
+        for text in client.stream("Go"):
+            came.append(text)
+            if len(came) in (1, 4):
+                time.sleep(0.1)
+    assert came == WORDS
+
+
+def test_a_consumer_that_is_slow_to_begin_is_not_a_late_stream(server):
+    server.answer(Answer(events=[COMMENT, COMMENT, *chat_events(WORDS)], pace=0.02))
+    with asking(server, first_timeout=0.06) as client:
+        with client.stream("Go") as stream:
+            time.sleep(0.1)
+            assert list(stream) == WORDS
+
+
+def test_a_limit_of_none_is_no_limit(server):
+    server.answer(Answer(delay=0.05, pace=0.01))
+    with asking(server, timeout=None, first_timeout=None, idle_timeout=None) as client:
+        assert list(client.stream("Go")) == WORDS
+
+
+def test_a_call_may_set_limits_of_its_own(server, client):
+    server.default = Answer(delay=5)
+    for option, words in (
+        ({"timeout": LIMIT}, "read time-out"),
+        ({"timeout": (5, LIMIT)}, "read time-out"),
+        ({"first_timeout": LIMIT}, "first_timeout"),
+    ):
+        assert words in str(read(client.stream("Go", **option))[1])
+    server.default = ONE_WORD["silence"]
+    assert "idle_timeout" in str(read(client.stream("Go", idle_timeout=LIMIT))[1])
+
+
+@pytest.mark.parametrize("option", ["timeout", "first_timeout", "idle_timeout"])
+def test_a_call_may_switch_a_limit_of_its_client_off(server, option):
+    server.answer(Answer(text="late", delay=0.1, pace=0.1))
+    with asking(server, **{option: 0.05}) as client:
+        came, error = read(client.stream("Go", **{option: None}))
+    assert (came, error) == (["late"], None)
+
+
+def test_a_deadline_in_a_back_off_raises_the_real_error_at_once(server):
+    server.default = error_answer(503, "Down for repairs")
+    with asking(server, retry=sheepsse.Retry(3, base_delay=5, jitter=False)) as client:
+        (_, error), seconds = timed(lambda: read(client.stream("Go", deadline=1)))
+    assert type(error) is sheepsse.ServerError
+    assert "Down for repairs" in str(error)
+    assert seconds < 0.5
+    assert len(server.requests) == 1
+
+
+def test_nothing_is_sent_after_the_deadline(server):
+    server.default = Answer(delay=5)
+    with asking(server, retry=sheepsse.Retry(3, base_delay=0), **PATIENT) as client:
+        (_, error), seconds = timed(lambda: read(client.stream("Go", deadline=LIMIT)))
+    assert type(error) is sheepsse.StreamTimeout
+    assert "deadline" in str(error)
+    assert seconds < LIMIT + 0.5
+    assert len(server.requests) == 1
+
+
+@pytest.fixture
+def deaf_port():
+    """A port at which connecting takes for ever: its queue is full"""
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            filler = sockets.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        probe = sockets.enter_context(socket.socket())
+        probe.settimeout(0.05)
+        with contextlib.suppress(socket.timeout):
+            probe.connect(listener.getsockname())
+            pytest.skip("this system connects to a port whose queue is full")
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("timeout", "deadline", "kind", "words"),
+    [
+        ((LIMIT, 30), None, sheepsse.ConnectError, "no connection"),
+        ((30, 30), LIMIT, sheepsse.StreamTimeout, "deadline"),
+        (None, LIMIT, sheepsse.StreamTimeout, "deadline"),
+    ],
+)
+def test_connecting_is_limited_by_the_connect_timeout_and_the_deadline(deaf_port, timeout, deadline, kind, words):
+    with sheepsse.Client(
+        base_url=f"http://127.0.0.1:{deaf_port}/v1", api_key=False, model=MODEL, retry=0, timeout=timeout
+    ) as client:
+        (_, error), seconds = timed(lambda: read(client.stream("Go", deadline=deadline)))
+    assert type(error) is kind
+    assert words in str(error)
+    assert LIMIT * 0.9 < seconds < LIMIT + 0.5
+
+
+def test_cancel_ends_connecting_within_the_connect_timeout(deaf_port):
+    with sheepsse.Client(
+        base_url=f"http://127.0.0.1:{deaf_port}/v1", api_key=False, model=MODEL, retry=3, timeout=(LIMIT, 30)
+    ) as client:
+        _, error, seconds = cancelled(client.stream("Go"))
+    assert type(error) is sheepsse.StreamCancelled
+    assert seconds < LIMIT + 0.2
+
+
+# Asked again
+
+
+def quick(total=3, **options):
+    """A policy that does not wait, and the list of the waits it would have made"""
+    waits = []
+    return sheepsse.Retry(total, sleep=waits.append, **options), waits
+
+
+def asked(server, retry, **params):
+    """Asks once by a policy; what came, and the error"""
+    with asking(server, retry=retry) as client:
+        return read(client.stream("Go", **params))
+
+
+ONCE = {
+    "400": error_answer(400),
+    "401": error_answer(401),
+    "402": error_answer(402),
+    "403": error_answer(403),
+    "404": error_answer(404),
+    "413": error_answer(413),
+    "422": error_answer(422),
+    "418": error_answer(418),
+    "501": error_answer(501),
+    "a spent quota": error_answer(429, "You exceeded your current quota", code="insufficient_quota", retry_after=1),
+    "a 500 that says no": error_answer(500, headers={"x-should-retry": "false"}),
+    "a 429 that says no": error_answer(429, headers={"x-should-retry": "false"}),
+    "a 401 that says yes": error_answer(401, headers={"x-should-retry": "true"}),
+    "a redirect": Answer(status=307, headers={"Location": "http://127.0.0.1:1/"}, framing="length"),
+    "a redirect to nowhere": Answer(status=302, framing="length"),
+}
+AGAIN = {
+    **{str(status): error_answer(status) for status in (408, 409, 429, 500, 502, 503, 504, 529)},
+    "a 400 that says yes": error_answer(400, headers={"x-should-retry": "true"}),
+    "a 501 that says yes": error_answer(501, headers={"x-should-retry": "TRUE"}),
+    "a dropped connection": Answer(drop=True),
+    "a reset connection": Answer(drop=True, cut="reset"),
+    "a stream without a word": Answer(events=[], framing="length"),
+    "a stream cut before its first word": Answer(cut_after=1),
+}
+
+
+@pytest.mark.parametrize("answer", ONCE.values(), ids=ONCE)
+def test_one_request_is_sent_for(server, answer):
+    server.default = answer
+    retry, waits = quick()
+    came, error = asked(server, retry)
+    assert (came, waits) == ([], [])
+    assert isinstance(error, sheepsse.SheepError)
+    assert error.status == answer.status
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("total", [0, 1, 3])
+@pytest.mark.parametrize("answer", AGAIN.values(), ids=AGAIN)
+def test_one_request_and_total_more_are_sent_for(server, answer, total):
+    server.default = answer
+    retry, waits = quick(total)
+    came, error = asked(server, retry)
+    assert came == []
+    assert error.retryable
+    assert len(server.requests) == 1 + total
+    assert len(waits) == total, "no wait after the last try"
+
+
+def closed_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_refused_connection_is_tried_again_as_often(server):
+    retry, waits = quick(2)
+    with sheepsse.Client(base_url=f"http://127.0.0.1:{closed_port()}", api_key=False, model="m", retry=retry) as client:
+        stream = client.stream("Go")
+        _, error = read(stream)
+    assert type(error) is sheepsse.ConnectError
+    assert isinstance(error, requests.ConnectionError)
+    assert (error.code, error.retryable) == ("NETWORK_ERROR", True)
+    assert "no connection to http://127.0.0.1" in str(error)
+    assert len(waits) == 2
+    assert stream.stats.attempts == 3
+
+
+def test_an_unknown_certificate_is_not_tried_again(tls_server, monkeypatch):
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE")
+    retry, waits = quick()
+    _, error = asked(tls_server, retry)
+    assert type(error) is sheepsse.ConnectError
+    assert "certificate" in str(error)
+    assert error.retryable is False
+    assert waits == []
+
+
+def test_a_timeout_before_the_header_is_tried_again_like_a_drop(server):
+    server.answer(Answer(delay=5))
+    retry, waits = quick()
+    with asking(server, retry=retry, timeout=(5, 0.05)) as client:
+        stream = client.stream("Go")
+        assert list(stream) == WORDS
+    assert len(waits) == 1
+    assert (stream.stats.attempts, stream.stats.reconnects, stream.continuity) == (2, 0, "single")
+
+
+def test_first_timeout_begins_anew_with_each_request(server):
+    server.answer(Answer(delay=5), Answer(delay=0.03))
+    retry, _ = quick()
+    with asking(server, retry=retry, first_timeout=0.06) as client:
+        assert list(client.stream("Go")) == WORDS
+    assert len(server.requests) == 2
+
+
+def test_after_failures_comes_success(server):
+    server.answer(error_answer(429), error_answer(503), Answer(drop=True))
+    retry, waits = quick(base_delay=0.5, jitter=False, rate_limit_delay=5)
+    with asking(server, retry=retry) as client:
+        stream = client.stream("Go")
+        assert list(stream) == WORDS
+    assert waits == [5, 1, 2]
+    assert (stream.stats.attempts, stream.continuity) == (4, "single")
+    assert stream.completion.complete
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({"retry-after-ms": "20"}, 0.02),
+        ({"retry-after-ms": "20", "Retry-After": "7"}, 0.02),
+        ({"retry-after-ms": "0", "Retry-After": "1"}, 1),
+        ({"Retry-After": "1"}, 1),
+        ({"Retry-After": "1.5"}, 1.5),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 5),
+        ({"Retry-After": "-5"}, 5),
+        ({"Retry-After": "abc"}, 5),
+        ({"Retry-After": ""}, 5),
+        ({}, 5),
+    ],
+)
+def test_the_wait_is_what_the_answer_asks_for(server, headers, wait):
+    server.answer(error_answer(429, headers=headers))
+    retry, waits = quick(base_delay=0, rate_limit_delay=5)
+    assert asked(server, retry) == (WORDS, None)
+    assert waits == [wait]
+
+
+def test_a_longer_wait_than_the_policys_is_not_waited_but_raised(server):
+    server.default = error_answer(503, retry_after=99999999)
+    retry, waits = quick()
+    _, error = asked(server, retry)
+    assert type(error) is sheepsse.ServerError
+    assert error.retry_after == 99999999
+    assert (waits, len(server.requests)) == ([], 1)
+
+
+def test_a_number_of_retries_is_a_policy_too(server):
+    server.default = error_answer(503, headers={"retry-after-ms": "1"})
+    asked(server, 2)
+    assert len(server.requests) == 3
+
+
+def test_a_call_may_set_a_policy_of_its_own(server):
+    server.default = error_answer(503)
+    retry, waits = quick(2)
+    with asking(server, retry=5) as client:
+        assert type(read(client.stream("Go", retry=retry))[1]) is sheepsse.ServerError
+        assert (len(server.requests), len(waits)) == (3, 2)
+        assert type(read(client.stream("Go", retry=0))[1]) is sheepsse.ServerError
+        assert len(server.requests) == 4
+
+
+def test_should_retry_is_asked_about_each_failure(server):
+    seen = []
+
+    def should_retry(error, attempt):
+        seen.append((type(error).__name__, attempt))
+        return {1: 0.25, 2: True, 3: False}[attempt]
+
+    server.default = error_answer(500)
+    retry, waits = quick(5, should_retry=should_retry, base_delay=1, jitter=False)
+    asked(server, retry)
+    assert seen == [("ServerError", 1), ("ServerError", 2), ("ServerError", 3)]
+    assert waits == [0.25, 2]
+    assert len(server.requests) == 3
+
+
+def test_hooks_are_told_of_each_retry_and_of_giving_up(server):
+    told = []
+    retry, waits = quick(
+        2,
+        base_delay=1,
+        jitter=False,
+        on_retry=lambda error, attempt, delay: told.append(("retry", error.code, attempt, delay)),
+        on_give_up=lambda error, attempt: told.append(("give up", error.code, attempt)),
+    )
+    server.default = error_answer(500)
+    asked(server, retry)
+    assert told == [("retry", "SERVER_ERROR", 1, 1), ("retry", "SERVER_ERROR", 2, 2), ("give up", "SERVER_ERROR", 3)]
+    assert waits == [1, 2]
+
+
+def test_a_calls_on_retry_takes_the_place_of_the_policys(server):
+    server.answer(error_answer(500), error_answer(500))
+    retry, _ = quick(on_retry=lambda *_: pytest.fail("the policy's own was called"))
+    told = []
+    with asking(server, retry=retry) as client:
+        assert list(client.stream("Go", on_retry=lambda *args: told.append(args))) == WORDS
+        server.answer(error_answer(500))
+        assert client.complete("Go", on_retry=lambda *args: told.append(args)).text == TEXT
+    assert [attempt for _, attempt, _ in told] == [1, 2, 1]
+
+
+def test_nobody_is_told_of_giving_up_where_the_caller_cancelled(server):
+    retry, _ = quick(on_give_up=lambda *_: pytest.fail("told"))
+    with asking(server, retry=retry) as client:
+        stream = client.stream("Go")
+        next(stream)
+        stream.cancel()
+        assert type(read(stream)[1]) is sheepsse.StreamCancelled
+
+
+def test_the_request_id_is_a_uuid4_and_the_same_for_all_tries(server):
+    server.answer(error_answer(503), error_answer(503), Answer(cut_after=1))
+    retry, _ = quick()
+    with asking(server, retry=retry) as client:
+        assert list(client.stream("Go")) == list(client.stream("Go")) == WORDS
+    ids = [request.headers["X-Request-ID"] for request in server.requests]
+    assert len(ids) == 5
+    assert len(set(ids[:4])) == 1
+    assert ids[4] != ids[0]
+    assert {uuid.UUID(id).version for id in ids} == {4}
+    assert len({request.body for request in server.requests}) == 1
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        Answer(cut_after=0),
+        Answer(cut_after=1),
+        Answer(cut_after=1, cut="reset"),
+        Answer(cut_after=1, framing="close"),
+        Answer(cut_after=1, framing="gzip-length"),
+        Answer(stall_after=1),
+        Answer(events=[data_event({"error": {"message": "Overloaded", "code": 503}})], framing="close"),
+        Answer(events=[data_event({"error": {"message": "Overloaded", "type": "overloaded_error"}}, "error")]),
+    ],
+    ids=["before its role", "after its role", "by a reset", "close", "gzip", "silent", "error 503", "overloaded"],
+)
+def test_a_stream_lost_before_its_first_word_is_asked_for_anew(server, lost):
+    reconnects = []
+    retry, waits = quick(on_reconnect=lambda attempt, latency: reconnects.append((attempt, latency)))
+    server.answer(error_answer(500), lost)
+    with asking(server, retry=retry, timeout=(5, 0.1)) as client:
+        stream = client.stream("Go")
+        assert list(stream) == WORDS, "exactly once"
+    assert stream.continuity == "restarted"
+    assert (stream.stats.attempts, stream.stats.reconnects, len(waits)) == (3, 1, 2)
+    ((attempt, latency),) = reconnects
+    assert attempt == 3
+    assert 0 <= latency < 5
+    assert stream.completion.complete
+    assert stream.completion.usage is not None
+
+
+def test_connecting_and_reconnecting_share_one_budget(server):
+    server.answer(error_answer(500), Answer(cut_after=1), error_answer(500))
+    server.default = Answer(cut_after=1)
+    retry, waits = quick(4)
+    _, error = asked(server, retry)
+    assert type(error) is sheepsse.StreamInterrupted
+    assert (len(server.requests), len(waits)) == (5, 4)
+
+
+def test_what_a_lost_stream_said_of_itself_is_forgotten_with_it(server):
+    lost = chat_events([], model="first-model", id="first-id", finish=None, done=False)
+    server.answer(Answer(events=lost), Answer(events=chat_events(WORDS, model="second-model", id="second-id")))
+    retry, _ = quick()
+    with asking(server, retry=retry) as client:
+        stream = client.stream("Go")
+        assert list(stream) == WORDS
+    assert (stream.model, stream.id) == ("second-model", "second-id")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"content": "a"}, {"reasoning_content": "a"}, {"refusal": "a"}, {"tool_calls": [{"index": 0, "id": "1"}]}],
+    ids=lambda given: next(iter(given)),
+)
+def test_a_stream_lost_after_something_was_given_out_is_never_started_over(server, given):
+    server.answer(Answer(events=chat_events([given], finish=None, done=False)))
+    retry, waits = quick()
+    with asking(server, retry=retry) as client:
+        stream = client.stream("Go")
+        chunks, error = read(stream.chunks())
+    assert len(chunks) == 2
+    assert type(error) is sheepsse.StreamInterrupted
+    assert (len(server.requests), waits, stream.continuity) == (1, [], "single")
+
+
+def test_a_word_of_another_choice_is_something_given_out_too(server):
+    server.answer(Answer(events=[chunk_event(index=1, content="a")]))
+    retry, _ = quick()
+    with asking(server, retry=retry) as client:
+        came, error = read(client.stream("Go", n=2))
+    assert came == []
+    assert type(error) is sheepsse.StreamInterrupted
+    assert len(server.requests) == 1
+
+
+def test_resume_never_does_not_ask_again_for_a_lost_stream(server):
+    server.answer(Answer(cut_after=1))
+    retry, waits = quick()
+    _, error = asked(server, retry, resume="never")
+    assert type(error) is sheepsse.StreamInterrupted
+    assert (len(server.requests), waits) == (1, [])
+    server.answer(error_answer(500))
+    assert asked(server, retry, resume="never") == (WORDS, None)  # before the answer begins nothing is lost
+
+
+@pytest.mark.parametrize(
+    "error", [{"message": "No", "code": 400}, {"message": "No", "type": "invalid_request_error"}, {"code": "whatever"}]
+)
+def test_an_error_in_the_stream_that_no_retry_mends_is_raised(server, error):
+    server.default = Answer(events=[data_event({"error": error})], content_type="text/event-stream")
+    retry, waits = quick()
+    _, raised = asked(server, retry)
+    assert type(raised) is sheepsse.StreamError
+    assert raised.retryable is False
+    assert (len(server.requests), waits) == (1, [])
+
+
+# stream_options
+
+REFUSAL = error_answer(400, "Unrecognized request argument supplied: stream_options")
+
+
+@pytest.mark.parametrize("refusal", [REFUSAL, error_answer(422, "stream_options: extra fields not permitted")])
+def test_stream_options_that_are_refused_are_left_out_and_that_is_remembered(server, refusal):
+    server.answer(refusal)
+    with asking(server, retry=sheepsse.Retry(0, on_retry=lambda *_: pytest.fail("a retry"))) as client:
+        stream = client.stream("Go")
+        assert list(stream) == WORDS
+        assert stream.stats.attempts == 2
+        assert list(client.stream("Go")) == WORDS
+    sent = [request.json for request in server.requests]
+    options = sent[0].pop("stream_options")
+    assert options == {"include_usage": True, "include_obfuscation": False}
+    assert sent[0] == sent[1] == sent[2]
+    with asking(server) as other:
+        assert list(other.stream("Go")) == WORDS
+    assert "stream_options" in server.requests[-1].json
+
+
+def test_leaving_stream_options_out_takes_nothing_from_the_budget(server):
+    server.answer(error_answer(500), REFUSAL, error_answer(500))
+    retry, waits = quick(2)
+    assert asked(server, retry) == (WORDS, None)
+    assert len(server.requests) == 4
+    assert len(waits) == 2
+
+
+def test_a_400_that_does_not_name_them_keeps_stream_options(server, client):
+    server.answer(error_answer(400, "temperature is too high"))
+    assert type(read(client.stream("Go"))[1]) is sheepsse.InvalidRequestError
+    assert len(server.requests) == 1
+    assert list(client.stream("Go")) == WORDS
+    assert "stream_options" in server.requests[-1].json
+
+
+def test_a_400_that_names_them_again_is_raised_and_not_remembered_as_a_refusal(server, client):
+    server.default = REFUSAL
+    assert type(read(client.stream("Go"))[1]) is sheepsse.InvalidRequestError
+    assert len(server.requests) == 2
+    assert type(read(client.stream("Go"))[1]) is sheepsse.InvalidRequestError
+    assert len(server.requests) == 4
+
+
+def test_the_callers_own_stream_options_are_sent_as_they_are_and_never_left_out(server, client):
+    server.default = REFUSAL
+    mine = {"include_usage": False}
+    assert type(read(client.stream("Go", stream_options=mine))[1]) is sheepsse.InvalidRequestError
+    assert [request.json["stream_options"] for request in server.requests] == [mine]
+
+
+# What is known of it
+
+
+def test_what_is_known_before_during_and_after(server, client):
+    server.answer(Answer(stall_after=2))
+    stream = client.stream("Go", model="asked-for")
+    assert (stream.text, stream.reasoning, stream.tool_calls, stream.finish_reason) == ("", "", (), None)
+    assert (stream.usage, stream.cost, stream.id, stream.model) == (None, None, "", "asked-for")
+    assert (stream.response, stream.continuity) == (None, "single")
+    assert stream.completion == sheepsse.Completion()
+    assert uuid.UUID(stream.request_id)
+    assert next(stream) == stream.text == WORDS[0]
+    assert (stream.id, stream.model, stream.finish_reason) == ("chatcmpl-local", "asked-for", None)
+    assert stream.request_id == stream.response.headers["x-request-id"] == "req_local_1"
+    assert stream.completion.complete is False
+    server.release()
+    assert [WORDS[0], *stream] == WORDS
+    assert (stream.text, stream.finish_reason) == (TEXT, "stop")
+    assert stream.usage == sheepsse.Usage(4, len(WORDS), 4 + len(WORDS))
+    assert stream.completion == sheepsse.Completion(
+        text=TEXT, finish_reason="stop", usage=stream.usage, model="asked-for", id="chatcmpl-local", complete=True
+    )
+
+
+def test_the_cost_is_what_the_provider_says(server, client):
+    server.answer(Answer(events=chat_events(["a"], usage={"completion_tokens": 1, "cost": 0.25})))
+    stream = client.stream("Go")
+    list(stream)
+    assert str(stream.cost) == "0.25"
+
+
+def test_tool_calls_are_there_as_they_come_and_at_the_end(server, client):
+    function = {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}
+    stream = client.stream("How is it?", tools=[{"type": "function", "function": function}])
+    assert list(stream) == []
+    (call,) = stream.tool_calls
+    assert (call.index, call.name, call.parsed) == (0, "weather", {"city": "Hà Nội"})
+    assert stream.completion.tool_calls == stream.tool_calls
+    assert stream.finish_reason == "tool_calls"
+
+
+def test_the_request_id_is_our_own_where_the_provider_gives_none(server, client):
+    server.answer(error_answer(500, headers={"x-request-id": None}))
+    stream = client.stream("Go")
+    _, error = read(stream)
+    assert error.request_id == stream.request_id == server.requests[0].headers["X-Request-ID"]
+    server.answer(Answer(headers={"x-request-id": None, "request-id": "theirs"}))
+    stream = client.stream("Go")
+    list(stream)
+    assert stream.request_id == "theirs"
+
+
+def test_a_request_id_of_the_callers_own_is_the_one_that_errors_name(server, client):
+    server.answer(error_answer(500, headers={"x-request-id": None}))
+    stream = client.stream("Go", headers={"X-Request-ID": "mine"})
+    _, error = read(stream)
+    assert server.requests[0].headers["X-Request-ID"] == "mine"
+    assert error.request_id == "mine"
+
+
+def test_an_error_has_its_response_and_request(server, client):
+    server.answer(error_answer(400, "No such thing"))
+    stream = client.stream("Go")
+    _, error = read(stream)
+    assert error.response is stream.response
+    assert error.response.json()["error"]["message"] == "No such thing"
+    assert error.response.status_code == error.status == 400
+    assert error.request.url == f"{server.base_url}/chat/completions"
+    server.answer(Answer(cut_after=2))
+    _, error = read(client.stream("Go"))
+    assert error.response.status_code == 200
+    assert error.request.method == "POST"
+    assert error.request_id == "req_local_2"
+
+
+def test_stats_tell_how_it_went(server, client):
+    events = chat_events(["", "one", "two", "three"], usage={"completion_tokens": 3})
+    server.answer(error_answer(503), Answer(delay=0.03, events=events, pace=0.01))
+    retry, _ = quick()
+    stream = client.stream("Go", retry=retry)
+    start = time.perf_counter()
+    assert list(stream) == ["one", "two", "three"]
+    elapsed = time.perf_counter() - start
+    stats = stream.stats
+    assert 0.03 < stats.ttfb < stats.ttft < stats.elapsed <= elapsed
+    assert stats.ttft - stats.ttfb > 0.015, "neither a role nor an empty text is the first word"
+    assert stats.chunks == 7
+    assert stats.chars == len("onetwothree")
+    assert 0.009 < stats.longest_gap < elapsed
+    assert stats.attempts == 2
+    assert stats.reconnects == 0
+    assert stats.cached is False
+    assert stats.tokens_per_second == pytest.approx(3 / (stats.elapsed - stats.ttft))
+    time.sleep(0.01)
+    assert stream.stats == stats, "the clock stands still after the end"
+
+
+def test_a_chunk_is_not_a_token(server, client):
+    server.answer(Answer(events=chat_events(WORDS)))
+    stream = client.stream("Go")
+    list(stream)
+    assert stream.stats.chunks > 3
+    assert stream.stats.tokens_per_second is None
+
+
+def test_tokens_without_text_have_no_rate(server, client):
+    server.answer(Answer(events=chat_events([], usage={"completion_tokens": 3})))
+    stream = client.stream("Go")
+    list(stream)
+    assert stream.stats.ttft is None
+    assert stream.stats.tokens_per_second is None
+
+
+def test_the_consumers_time_is_no_gap_of_the_stream(server, client):
+    stream = client.stream("Go")
+    for number, _ in enumerate(stream):
+        if number == 2:
+            time.sleep(0.1)
+    assert stream.stats.longest_gap < 0.09
+    assert stream.stats.elapsed > 0.1
+
+
+def test_only_the_text_of_choice_0_counts_as_text(server, client):
+    events = [chunk_event(index=1, content="other"), chunk_event(content="mine"), data_event("[DONE]")]
+    server.answer(Answer(events=events))
+    stream = client.stream("Go", n=2)
+    assert list(stream) == ["mine"]
+    assert (stream.stats.chars, stream.stats.chunks) == (4, 2)
+
+
+def test_the_clock_runs_while_the_stream_does(server, client):
+    server.answer(Answer(stall_after=3))
+    stream = client.stream("Go")
+    assert stream.stats.elapsed == 0
+    next(stream)
+    before = stream.stats.elapsed
+    time.sleep(0.005)
+    assert stream.stats.elapsed >= before + 0.005
+    stream.close()
+    after = stream.stats
+    time.sleep(0.005)
+    assert stream.stats == after
+
+
+# Answers of other shapes
+
+
+def test_a_server_that_ignores_stream_true_gives_one_piece(server, client):
+    server.answer(Answer(body=json_completion("All at once", usage={"completion_tokens": 3}), content_type=JSON))
+    stream = client.stream("Go")
+    assert list(stream) == ["All at once"]
+    assert stream.completion.complete
+    assert stream.usage.output_tokens == 3
+
+
+@pytest.mark.parametrize("framing", ["chunked", "length", "close", "gzip", "gzip-close"])
+def test_a_json_answer_that_is_cut_is_an_interrupted_one(server, client, framing):
+    body = json_completion(random_text(2000))
+    server.answer(Answer(body=body, content_type=JSON, framing=framing, block=100, cut_at=600))
+    came, error = read(client.stream("Go", resume="never"))
+    assert came == []
+    assert type(error) is sheepsse.StreamInterrupted
+    assert error.retryable
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"ok": true}', b"[]", b'{"choices": []}'])
+def test_other_json_is_no_answer(server, client, body):
+    server.answer(Answer(body=body, content_type=JSON))
+    came, error = read(client.stream("Go"))
+    assert came == []
+    assert type(error) is sheepsse.InvalidStreamError
+    assert "base URL" in str(error)
+
+
+def test_a_json_error_with_status_200_is_no_stream_and_keeps_the_servers_words(server, client):
+    server.answer(Answer(body=error_body(400, "Bad model", code="bad"), content_type=JSON))
+    _, error = read(client.stream("Go"))
+    assert type(error) is sheepsse.InvalidStreamError
+    assert "Bad model" in str(error)
+    assert error.vendor_code == "bad"
+
+
+def test_format_overrides_the_content_type(server, client):
+    body = b"".join(chat_events(WORDS))
+    server.answer(Answer(body=body, content_type="text/html"))
+    assert list(client.stream("Go", format="sse")) == WORDS
+    server.answer(Answer(body=body, content_type="text/html"))
+    assert type(read(client.stream("Go"))[1]) is sheepsse.InvalidStreamError
+    server.answer(Answer(body=json_completion("One"), content_type="text/plain"))
+    assert list(client.stream("Go", format="json")) == ["One"]
+
+
+def test_an_event_over_the_size_limit_is_an_error_and_the_limit_can_be_set(server, client):
+    text = "x" * 5000
+    server.default = Answer(events=chat_events(["before", text]))
+    came, error = read(client.stream("Go", max_event_size=1000))
+    assert came == ["before"]
+    assert type(error) is sheepsse.InvalidStreamError
+    assert "max_event_size" in str(error)
+    assert list(client.stream("Go")) == ["before", text]
+
+
+def test_a_url_of_the_server_is_in_messages_without_its_query(server):
+    url = f"{server.base_url}?api_key=very-secret&v=1"
+    assert urllib.parse.urlsplit(url).query
+    server.answer(error_answer(404, ""))
+    with asking(server, base_url=url) as client:
+        _, error = read(client.stream("Go"))
+    assert f"{server.base_url}/chat/completions" in str(error)
+    assert "very-secret" not in str(error)
