@@ -385,8 +385,9 @@ class _Secrets:
         found = [value for name, _, value in pairs if re.search("key|token|secret|sig", name, re.IGNORECASE)]
         found.append(parts.netloc.rpartition("@")[0].partition(":")[2])
         words.update(form for value in found for form in (value, unquote(value)))
-        # shorter ones are words of every day
-        self._words = sorted((word for word in words if len(word) >= 8), key=len, reverse=True)
+        # shorter ones are words of every day, which a message needs
+        kept = (word for word in words if len(word) >= 8 or (len(word) >= 4 and not word.isalpha()))
+        self._words = sorted(kept, key=len, reverse=True)
 
     def hide(self, text: str) -> str:
         """The text without them, also where a quotation cuts one off after eight characters or more"""
@@ -2134,9 +2135,9 @@ def _limited_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]
     if isinstance(getattr(response.raw, "_original_response", None), _WireResponse):
         yield from iter_bytes(response)  # which reads through a _WireReader
         return
-    sock = _socket_of(response)
     blocks = iter_bytes(response)
     while True:
+        sock = _socket_of(response)  # none any more when all has been read, and the socket is another's
         try:
             wire.attach(sock)
             if sock is not None:
@@ -2144,8 +2145,8 @@ def _limited_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]
         except OSError as error:
             raise _body_error(error) from error
         block = next(blocks, b"")
+        wire.detach()
         if not block:
-            wire.detach()
             return
         yield block
 
@@ -2419,6 +2420,11 @@ def _checked_url(base_url: str) -> str:
     return base_url
 
 
+def _secrets_of(via: requests.Session, target: _Target) -> _Secrets:
+    """What a call to the target must not show, with what a session of the caller's own adds"""
+    return _Secrets({**(getattr(via, "headers", None) or {}), **target.key_headers}, target.base_url)
+
+
 class Health(NamedTuple):
     """What ``Client.check`` found"""
 
@@ -2589,7 +2595,7 @@ class _Call:
         self._plain = False  # whether this call does without what the dialect asks for beside the caller's own
         self._url = _endpoint(target.base_url, target.dialect.path)
         self._where = _public_url(self._url)
-        self._secrets = _Secrets(target.key_headers, target.base_url)
+        self._secrets = _secrets_of(via, target)
 
     # Sending
 
@@ -3183,7 +3189,7 @@ class Client:
         except AuthenticationError as error:
             return Health(False, "no_key", error=str(error))
         url = _endpoint(target.base_url, target.check_path)
-        secrets = _Secrets(target.key_headers, target.base_url)
+        secrets = _secrets_of(self._via(), target)
         started = time.monotonic()
         try:
             body = self._asked(url, target, timeout)
@@ -3242,8 +3248,9 @@ _REFUSED_OPTIONS = {
 
 def _refuse_options(params: dict[str, Any]) -> None:
     """No option of ours goes into the body, where it would be a riddle to the server"""
-    for name in [name for name in params if name in _REFUSED_OPTIONS]:
-        if params.pop(name) not in (None, False):
+    for name in _REFUSED_OPTIONS:
+        value = params.pop(name, None)
+        if value is not None and not (value is False and name == "fallback"):
             raise TypeError(f"{name}= {_REFUSED_OPTIONS[name]}; extra_body={{{name!r}: ...}} puts it into the request")
 
 

@@ -490,6 +490,18 @@ def test_an_error_body_that_trickles_for_ever_is_left_after_a_while(server, clie
     assert server.wait_closed(2)
 
 
+@pytest.mark.parametrize("pace", [0, 0.01], ids=["silent", "trickling"])
+def test_a_session_of_ones_own_does_not_wait_for_ever_for_an_error_body_either(server, monkeypatch, pace):
+    monkeypatch.setattr(sheepsse, "_ERROR_BODY_TIME", 0.1)
+    server.answer(Answer(status=400, events=[b"x"] * 200, pace=pace, framing="close", stall_after=None if pace else 1))
+    start = time.monotonic()
+    with requests.Session() as session:
+        with sheepsse.Client(base_url=server.base_url, api_key=False, session=session, retry=0) as client:
+            with pytest.raises(InvalidRequestError):
+                client.complete("Good day?", model="m")
+        assert time.monotonic() - start < 1
+
+
 def test_an_error_body_that_trickles_does_not_keep_from_trying_again(server, client, monkeypatch):
     monkeypatch.setattr(sheepsse, "_ERROR_BODY_TIME", 0.05)
     server.answer(Answer(status=503, events=itertools.repeat(b"x"), pace=0.01, framing="close"), Answer(text="Good"))

@@ -160,7 +160,6 @@ def test_a_policy_is_taken_as_it_is_where_urllib3_wants_one():
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_pool_manager_of_urllib3_follows_redirects_with_it(server, status):
-
     server.answer(Answer(status=status, headers={"Location": "/there"}, body=b""), Answer(body=b"{}"))
     with urllib3.PoolManager() as manager:
         assert manager.request("GET", server.origin, retries=Retry(2)).status == 200

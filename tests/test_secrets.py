@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from urllib.parse import unquote
 
 import pytest
 import requests
@@ -223,10 +224,13 @@ def test_the_headers_of_an_error_that_are_no_key_stay(server, asking):
     assert error.request.headers["X-Request-ID"]
 
 
-def test_a_key_that_a_quotation_cuts_is_not_shown_in_part(server, asking):
-    page = "<p>" + "x" * 180 + KEY + "</p>"
+@pytest.mark.parametrize("left", [9, 12, 20])
+def test_a_key_that_a_quotation_cuts_is_not_shown_in_part(server, asking, left):
+    page = "<p>" + "x" * (197 - left) + KEY + "</p>"
     server.answer(Answer(status=500, body=page.encode(), content_type="text/html"))
-    assert hides(raised(asking()))
+    error = raised(asking())
+    assert "x..." not in str(error)  # the quotation goes on into the key
+    assert hides(error, KEY[:8])
 
 
 def test_a_key_at_the_end_of_what_is_read_of_a_body_is_not_shown_in_part(server, asking):
@@ -402,7 +406,7 @@ def test_a_base_url_that_cannot_be_used_is_refused_without_what_is_secret_in_it(
     assert hides(caught.value, SECRET)
 
 
-ENCODED = f"{SECRET}%2F1%3D"
+ENCODED = f"%2F%2B%2B{SECRET}%3D"
 
 
 @pytest.fixture(params=["password", "key", "encoded"])
@@ -444,7 +448,7 @@ def test_a_short_password_in_the_base_url_is_in_no_url_that_an_error_has(server,
 
 def test_a_secret_in_the_base_url_is_not_shown_where_the_server_repeats_it(server, asking, secret_url):
     base_url = secret_url(server.origin)
-    server.answer(error_answer(401, f"No such address as {base_url}"))
+    server.answer(error_answer(401, f"No such address as {base_url}, which is {unquote(base_url)}"))
     assert SECRET not in str(raised(asking(base_url=base_url, api_key=False)))
 
 
@@ -650,11 +654,14 @@ def test_a_client_takes_the_key_nowhere_it_is_redirected_to(server, asking, stat
         assert elsewhere.connections == 0
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["", "session of one's own"])
 @pytest.mark.parametrize("header", [None, "x-api-key"])
-def test_the_request_that_a_redirect_leads_to_is_not_kept_with_the_key_in_it(server, asking, header):
+def test_the_request_that_a_redirect_leads_to_is_not_kept_with_the_key_in_it(server, asking, header, own):
     # requests prepares it though it is not sent, and keeps it as the response's `next`
     server.answer(Answer(status=307, headers={"Location": "/there"}, body=b""))
-    error = raised(asking(**({} if header is None else {"api_key": None, "headers": {header: KEY}})))
+    options = {} if header is None else {"api_key": None, "headers": {header: KEY}}
+    with requests.Session() as session:
+        error = raised(asking(session=session if own else None, **options))
     following = error.response.next
     assert following is None or PIECE not in repr(following.headers)
 

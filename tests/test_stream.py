@@ -743,16 +743,17 @@ def test_a_cancel_as_a_stream_ends_never_hurts_the_next_on_its_connection(either
     either_server.default = Answer(framing=framing)
     whole = 0
     with asking(either_server) as client:
+        usual = statistics.median(timed(lambda: list(client.stream("Go")))[1] for _ in range(9))
         for number in range(TIMES):
-            first = client.stream("Go")
-            with in_another_thread(lambda first=first, number=number: (time.sleep(moment(number)), first.cancel())):
+            first, pause = client.stream("Go"), usual * (number % 20) / 8  # from its start to well after its end
+            with in_another_thread(lambda first=first, pause=pause: (time.sleep(pause), first.cancel())):
                 came, error = read(first)
                 assert list(client.stream("And go")) == WORDS, number
             assert error is None or type(error) is sheepsse.StreamCancelled, number
             assert came == WORDS[: len(came)]
             whole += error is None
             assert list(client.stream("And go again")) == WORDS, number
-    assert whole > 0
+    assert 0 < whole < TIMES
 
 
 def test_a_late_cancel_never_hurts_the_stream_that_has_the_connection_now(either_server):
@@ -923,6 +924,25 @@ def test_close_ends_a_reader_quietly_that_asks_for_more_meanwhile(server, client
     with in_another_thread(stream.close):
         assert closing.wait(5)
         assert list(stream) == []
+
+
+def test_a_cancel_and_a_close_from_another_thread_are_no_second_reader(server, client, keeps_files):
+    server.default = Answer(stall_after=3)
+    stream = client.stream("Go")
+    next(stream)
+    closing, response_close = threading.Event(), stream.response.close
+
+    def slow_close():
+        closing.set()
+        time.sleep(0.05)
+        response_close()
+
+    stream.response.close = slow_close
+    with in_another_thread(lambda: (stream.cancel(), stream.close())):
+        assert closing.wait(5)
+        came, error = read(stream)
+    assert came == []
+    assert error is None or type(error) is sheepsse.StreamCancelled
 
 
 @every_framing
@@ -1128,7 +1148,7 @@ def late(server, limit, **options):
     assert type(error) is sheepsse.StreamTimeout
     assert (error.code, error.retryable) == ("TIMEOUT", True)
     assert limit in str(error)
-    assert LIMIT * 0.9 < seconds < LIMIT + 0.5
+    assert LIMIT * 0.9 < seconds < LIMIT + 1
     assert error.partial.text == "".join(came)
     assert server.wait_closed(5)
     return came
@@ -1357,7 +1377,7 @@ def test_connecting_is_limited_by_the_connect_timeout_and_the_deadline(deaf_port
         (_, error), seconds = timed(lambda: read(client.stream("Go", deadline=deadline)))
     assert type(error) is kind
     assert words in str(error)
-    assert LIMIT * 0.9 < seconds < LIMIT + 0.5
+    assert LIMIT * 0.9 < seconds < LIMIT + 1
 
 
 def test_cancel_ends_connecting_within_the_connect_timeout(deaf_port):
@@ -1722,6 +1742,16 @@ def test_stream_options_that_are_refused_are_left_out_and_that_is_remembered(ser
     assert "stream_options" in server.requests[-1].json
 
 
+def test_a_refusal_is_remembered_also_where_the_next_request_failed(server):
+    server.answer(REFUSAL, error_answer(500))
+    retry, _ = quick()
+    with asking(server, retry=retry) as client:
+        assert list(client.stream("Go")) == WORDS
+        assert list(client.stream("Go")) == WORDS
+    asked_for = ["stream_options" in request.json for request in server.requests]
+    assert asked_for == [True, False, False, False]
+
+
 def test_leaving_stream_options_out_takes_nothing_from_the_budget(server):
     server.answer(error_answer(500), REFUSAL, error_answer(500))
     retry, waits = quick(2)
@@ -1866,6 +1896,23 @@ def test_tokens_without_text_have_no_rate(server, client):
     assert stream.stats.tokens_per_second is None
 
 
+def test_an_answer_in_one_piece_has_no_rate(server, client):
+    server.answer(Answer(body=json_completion("All at once", usage={"completion_tokens": 3}), content_type=JSON))
+    stream = client.stream("Go")
+    list(stream)
+    assert stream.usage.output_tokens == 3
+    assert stream.stats.tokens_per_second is None
+
+
+def test_reasoning_counts_for_the_rate_of_tokens_too(server, client):
+    usage = {"completion_tokens": 4}
+    server.answer(Answer(events=chat_events([" a", " b"], reasoning=["x", "y"], usage=usage), pace=0.01))
+    stream = client.stream("Go")
+    list(stream)
+    stats = stream.stats
+    assert 4 / stats.elapsed < stats.tokens_per_second < 4 / (stats.elapsed - stats.ttft)
+
+
 def test_the_consumers_time_is_no_gap_of_the_stream(server, client):
     stream = client.stream("Go")
     for number, _ in enumerate(stream):
@@ -1916,6 +1963,15 @@ def test_a_json_answer_that_is_cut_is_an_interrupted_one(server, client, framing
     assert came == []
     assert type(error) is sheepsse.StreamInterrupted
     assert error.retryable
+
+
+def test_a_204_is_no_answer_and_is_asked_for_once(server):
+    server.default = Answer(status=204)
+    retry, waits = quick()
+    _, error = asked(server, retry)
+    assert type(error) is sheepsse.InvalidStreamError
+    assert error.status == 204
+    assert (len(server.requests), waits) == (1, [])
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"ok": true}', b"[]", b'{"choices": []}'])

@@ -777,7 +777,6 @@ def test_a_header_that_ends_in_a_newline_is_a_wrong_request_and_not_tried_again(
 
 
 def test_a_refused_connection_is_tried_again_whatever_its_address_says():
-
     url = f"http://127.0.0.1:{closed_port()}/certificate"
     error, waits = asked(url)
     assert type(error) is ConnectError
@@ -794,7 +793,6 @@ class Odd(requests.Session):
 
 
 def test_an_error_of_urllib3_that_comes_as_it_is_is_a_connect_error():
-
     with Odd() as session:
         error, waits = asked("http://127.0.0.1:1/v1", session=session)
         assert type(error) is ConnectError
