@@ -167,11 +167,12 @@ class _OldReader:
         self._read = 0
 
     def __call__(self) -> bytes:
-        while True:
+        data = self._read1()
+        decoded: bytes = self._raw._decode(data, True, not data)
+        while data and not decoded:  # a part of a compressed block may give nothing yet
             data = self._read1()
-            decoded: bytes = self._raw._decode(data, True, not data)
-            if decoded or not data:
-                return decoded
+            decoded = self._raw._decode(data, True, not data)
+        return decoded
 
     def _read1(self) -> bytes:
         raw = self._raw
@@ -2625,9 +2626,7 @@ class _Call:
                 raise
         # the server refuses what only we asked for: it is asked once more without, which is no retry
         self._plain = True
-        response = self._answered(self._sent())
-        self._refusing.add(self._target.base_url)
-        return response
+        return self._answered(self._sent())
 
     def _optional(self) -> dict[str, Any]:
         """What the dialect asks for beside the caller's own, unless this server refused it before"""
@@ -2680,6 +2679,8 @@ class _Call:
         if 200 <= response.status_code < 300:
             if self.clock.answered is None:
                 self.clock.answered = self._answered_at
+            if self._plain:  # it was that which was refused: the client need not ask for it again
+                self._refusing.add(self._target.base_url)
             return response
         try:
             body = _error_body(response, self.wire)
@@ -2899,7 +2900,7 @@ class Stream:
     def _as_reader(self, step: Callable[[], _T | None]) -> _T | None:
         """Takes a step of reading; whatever ends it lets go of the connection"""
         if not self._busy.acquire(blocking=False):
-            if self._call.wire.ended == "closed":  # by the thread that holds the lock
+            if self._call.wire.ended:  # and the thread that ended it holds the lock
                 return None
             raise RuntimeError("a Stream belongs to one thread; only cancel() and close() may come from others")
         try:
@@ -3053,7 +3054,8 @@ class Client:
         max_event_size: int = _MAX_EVENT_SIZE,
     ) -> None:
         if provider is not None and provider not in PROVIDERS:
-            raise InvalidRequestError(f"no provider {provider!r}; there are {', '.join(PROVIDERS)}")
+            shown = repr(provider) if len(provider) < 20 else "of that name"  # a key, put into its place
+            raise InvalidRequestError(f"no provider {shown}; there are {', '.join(PROVIDERS)}")
         if api_key is True:
             raise TypeError("api_key is a str, or False for a server that takes none")
         self.provider = provider

@@ -224,3 +224,37 @@ def test_help_names_the_variables_of_the_keys_and_the_exit_statuses():
     assert done.returncode == 0
     assert b"HOLYSHEEP_API_KEY" in done.stdout
     assert b"130 Ctrl-C" in b" ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf", "soon"])
+def test_a_time_out_that_is_none_is_wrong_usage(server, seconds):
+    assert ask(server, "--timeout", seconds).returncode == 2
+    assert server.requests == []
+
+
+def test_an_empty_prompt_is_wrong_usage_and_not_sent(server):
+    done = command("-m", "m", "--base-url", server.base_url, "--no-key", input=b" \n")
+    assert done.returncode == 2
+    assert b"the prompt is empty" in done.stderr
+    assert server.requests == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full, which is a disk without room")
+def test_a_full_disk_is_a_message_and_no_traceback(server):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sheepsse", "x", "-m", "m", "--base-url", server.base_url, "--no-key"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=30,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert b"cannot be written" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_key_in_the_place_of_a_provider_is_not_shown():
+    with pytest.raises(sheepsse.InvalidRequestError, match="no provider of that name"):
+        sheepsse.Client("sk-sheep-7f3a9c51d2e8b604")
