@@ -940,7 +940,7 @@ def test_a_cancel_and_a_close_from_another_thread_are_no_second_reader(server, c
     stream.response.close = slow_close
     with in_another_thread(lambda: (stream.cancel(), stream.close())):
         assert closing.wait(5)
-        came, error = read(stream)  # BUG: RuntimeError, because the stream was cancelled before it was closed
+        came, error = read(stream)
     assert came == []
     assert error is None or type(error) is sheepsse.StreamCancelled
 
@@ -1749,7 +1749,7 @@ def test_a_refusal_is_remembered_also_where_the_next_request_failed(server):
         assert list(client.stream("Go")) == WORDS
         assert list(client.stream("Go")) == WORDS
     asked_for = ["stream_options" in request.json for request in server.requests]
-    assert asked_for == [True, False, False, False]  # BUG: each such call begins with the refused request again
+    assert asked_for == [True, False, False, False]
 
 
 def test_leaving_stream_options_out_takes_nothing_from_the_budget(server):

@@ -1271,3 +1271,14 @@ def test_what_came_before_a_cut_is_given_out_before_the_error(server):
         assert next(blocks) == b"data: a\n\n"
         with pytest.raises(StreamInterrupted):
             next(blocks)
+
+
+def test_a_wire_that_was_ended_between_two_blocks_ends_the_body_of_a_session_of_ones_own(server):
+    server.answer(says(b"data: a\n\ndata: b\n\n", framing="chunked", stall_after=1))
+    wire = sheepsse._Wire()
+    with requests.get(server.origin, stream=True) as response:
+        blocks = sheepsse._limited_blocks(response, wire)
+        assert next(blocks) == b"data: a\n\n"
+        wire.end("cancelled")
+        with pytest.raises(StreamInterrupted):
+            next(blocks)
