@@ -1,10 +1,12 @@
 """What all tests share: a real server on loopback, and an environment that holds no key and no proxy"""
 
+import contextlib
 import gc
 import json
 import os
 import pathlib
 import sys
+import time
 
 import pytest
 
@@ -49,6 +51,32 @@ def client(server):
     """A client of the server that asks once"""
     with sheepsse.Client(base_url=server.base_url, api_key=False, model="local-model", retry=0) as made:
         yield made
+
+
+@contextlib.contextmanager
+def asking(server, **options):
+    """A client of the server that asks once, unless it is told otherwise"""
+    defaults = {"base_url": server.base_url, "api_key": False, "model": local_provider.MODEL, "retry": 0}
+    with sheepsse.Client(**{**defaults, **options}) as made:
+        yield made
+
+
+def read(pieces):
+    """What comes of an iterator, and the SheepError that ended it or None; any other error is a failure"""
+    came = []
+    try:
+        for piece in pieces:
+            came.append(piece)
+    except sheepsse.SheepError as error:
+        return came, error
+    return came, None
+
+
+def timed(function):
+    """What a function gives, and the seconds it takes"""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
 
 
 def folder_of(variable):

@@ -1,6 +1,5 @@
 """Section 11, Client and the functions on it: who is asked, with which key, what is sent, over whose session"""
 
-import contextlib
 import itertools
 import json
 import logging
@@ -18,6 +17,7 @@ import responses
 import trustme
 
 import sheepsse
+from conftest import asking, read, timed
 from local_provider import (
     COMMENT,
     FRAMINGS,
@@ -37,32 +37,6 @@ every_framing = pytest.mark.parametrize("framing", FRAMINGS)
 WORDS = split_words(TEXT)
 KEY = "sk-not-a-real-key-0123456789"
 PATIENT = {"timeout": (5, 30), "first_timeout": 30, "idle_timeout": 30}
-
-
-@contextlib.contextmanager
-def asking(server, **options):
-    """A client of the server that asks once, unless it is told otherwise"""
-    defaults = {"base_url": server.base_url, "api_key": False, "model": MODEL, "retry": 0}
-    with sheepsse.Client(**{**defaults, **options}) as made:
-        yield made
-
-
-def read(pieces):
-    """What comes of an iterator, and the SheepError that ended it or None; any other error is a failure"""
-    came = []
-    try:
-        for piece in pieces:
-            came.append(piece)
-    except sheepsse.SheepError as error:
-        return came, error
-    return came, None
-
-
-def timed(function):
-    """What a function gives, and the seconds it takes"""
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
 
 
 def closed_port():

@@ -4,7 +4,7 @@ import pytest
 
 import local_provider
 import sheepsse
-from conftest import folder_of
+from conftest import folder_of, read
 from transcripts import DONE, STOP, TRANSCRIPTS, chunk, says, sse
 
 BLOCKS = (1, 7, 4096)
@@ -12,17 +12,6 @@ BLOCKS = (1, 7, 4096)
 
 def names(transcript):
     return transcript.name
-
-
-def read(stream):
-    """The pieces of text of a stream, and the error that ended it or None"""
-    pieces = []
-    try:
-        for piece in stream:
-            pieces.append(piece)
-    except sheepsse.SheepError as error:
-        return pieces, error
-    return pieces, None
 
 
 def served(server, client, body, block):

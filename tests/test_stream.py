@@ -20,6 +20,7 @@ import requests
 import trustme
 
 import sheepsse
+from conftest import asking, read, timed
 from local_provider import (
     COMMENT,
     FRAMINGS,
@@ -65,32 +66,6 @@ def tls_server(authority, monkeypatch, tmp_path):
 def either_server(request):
     """The server over plain TCP, then over TLS"""
     return request.getfixturevalue("server" if request.param == "plain" else "tls_server")
-
-
-@contextlib.contextmanager
-def asking(server, **options):
-    """A client of the server that asks once, unless it is told otherwise"""
-    defaults = {"base_url": server.base_url, "api_key": False, "model": MODEL, "retry": 0}
-    with sheepsse.Client(**{**defaults, **options}) as made:
-        yield made
-
-
-def read(pieces):
-    """What comes of an iterator, and the SheepError that ended it or None; any other error is a failure"""
-    came = []
-    try:
-        for piece in pieces:
-            came.append(piece)
-    except sheepsse.SheepError as error:
-        return came, error
-    return came, None
-
-
-def timed(function):
-    """What a function gives, and the seconds it takes"""
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
 
 
 def until(condition, seconds=5.0):
