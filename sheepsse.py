@@ -350,10 +350,10 @@ class StreamCancelled(SheepError):
 
 
 _HIDDEN = "[hidden]"
-#: headers that carry keys, at any of the vendors
-_KEY_HEADERS = frozenset(
-    {"authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie", "set-cookie"}
-)
+#: names of headers that carry keys, at the vendors and at gateways before them (``Helicone-Auth``, ``X-Auth-Token``)
+_KEY_HEADER = re.compile("auth|cookie|credential|key$|password|secret|token", re.IGNORECASE)
+#: names of parameters of a URL that do
+_KEY_PARAMETER = re.compile("access|auth|code|credential|key|pass|secret|sig|token", re.IGNORECASE)
 
 
 class _Hidden(Dict[str, Any]):
@@ -365,7 +365,7 @@ class _Hidden(Dict[str, Any]):
 
 def _key_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the headers that carry a key"""
-    return {name: value for name, value in headers.items() if name.lower() in _KEY_HEADERS and value is not None}
+    return {name: value for name, value in headers.items() if _KEY_HEADER.search(name) and value is not None}
 
 
 class _Secrets:
@@ -383,7 +383,7 @@ class _Secrets:
             words.update(runs[1:] or runs)
         parts = _split_url(url)
         pairs = (pair.partition("=") for pair in parts.query.split("&"))
-        found = [value for name, _, value in pairs if re.search("key|token|secret|sig", name, re.IGNORECASE)]
+        found = [value for name, _, value in pairs if _KEY_PARAMETER.search(name)]
         found.append(parts.netloc.rpartition("@")[0].partition(":")[2])
         words.update(form for value in found for form in (value, unquote(value)))
         # shorter ones are words of every day, which a message needs
@@ -416,7 +416,7 @@ class _Secrets:
         """Takes them out of what a response shows"""
         response.request = self.hide_request(response.request)
         response.url = self.hide(getattr(response, "url", None) or "")
-        response._next = None  # type: ignore[attr-defined]  # the request that a redirect asks for, key and all
+        response._next = None  # the request that a redirect asks for, key and all
         for name, value in response.headers.items():
             response.headers[name] = self.hide(value)
 
@@ -1664,6 +1664,22 @@ def _is_hopeless(error: object) -> bool:
     return re.search("certificate|hostname .* doesn't match", str(error), re.IGNORECASE) is not None
 
 
+#: how much of an error's body is read
+_ERROR_BODY = 64 * 1024
+
+
+def _read_out(response: Any) -> None:
+    """Frees the connection of a failed answer, by reading a short body or by closing it
+
+    urllib3 would read all of it before the next request, whatever its size.
+    """
+    with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):
+        body = response.read(_ERROR_BODY, decode_content=False) or b""  # None of urllib3 1.26, where all is read
+        if len(body) < _ERROR_BODY:
+            return
+    response.close()
+
+
 class Retry(_Urllib3Retry):
     """When a failed request is sent again, and after how long; a ``urllib3.util.Retry``, immutable as that is
 
@@ -1802,6 +1818,8 @@ class Retry(_Urllib3Retry):
         if delay is None:
             reason = error or urllib3.exceptions.ResponseError(f"{status} is not tried again")
             raise urllib3.exceptions.MaxRetryError(_pool, url or "", reason) from error
+        if response is not None:
+            _read_out(response)
         history = (*self.history, RequestHistory(method, url, error, status, None))
         return self.new(total=self.total - 1, history=history, delay=delay)
 
@@ -2028,12 +2046,12 @@ class _Session(requests.Session):
     """A session whose redirects to another origin carry no key, whichever header holds it"""
 
     def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
-        if self.should_strip_auth(response.request.url, prepared_request.url):  # type: ignore[no-untyped-call]
+        if self.should_strip_auth(response.request.url, prepared_request.url):
             # but for cookies, which requests itself has chosen for the new origin
             for name in _key_headers(prepared_request.headers):
                 if name.lower() != "cookie":
                     del prepared_request.headers[name]
-        super().rebuild_auth(prepared_request, response)  # type: ignore[no-untyped-call]
+        super().rebuild_auth(prepared_request, response)
 
 
 class _StayingSession(_Session):
@@ -2125,9 +2143,7 @@ def _connect_error(error: Exception, where: str, handled: BaseException | None) 
     return failure
 
 
-#: how much of an error's body is read
-_ERROR_BODY = 64 * 1024
-#: seconds that its reading may take
+#: seconds that reading an error's body may take
 _ERROR_BODY_TIME = 5.0
 
 
@@ -2356,6 +2372,9 @@ PROVIDERS: dict[str, Provider] = {
     ),
 }
 
+#: headers in which a caller sends a key of their own, in place of api_key; gateways want theirs beside it
+_KEY_STAND_INS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api-key"})
+
 _PLACEHOLDER = re.compile(r"\s*|your[_-].*|<.*>|changeme", re.IGNORECASE | re.DOTALL)
 
 
@@ -2369,9 +2388,13 @@ class _Target(NamedTuple):
     check_path: str = "/models"
 
 
-def _provider_of_host(base_url: str) -> str | None:
-    host = urlsplit(base_url).hostname
-    return next((name for name, row in PROVIDERS.items() if urlsplit(row.base_url).hostname == host), None)
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _provider_of_origin(base_url: str) -> str | None:
+    return next((name for name, row in PROVIDERS.items() if _origin(row.base_url) == _origin(base_url)), None)
 
 
 def _provider_of_environment(model: str | None) -> str:
@@ -2688,7 +2711,7 @@ class _Call:
             response.close()
         # so that .text and .json() of the error's response work, though it is closed
         response._content = self._secrets.hide_bytes(body)
-        response._content_consumed = True  # type: ignore[attr-defined]
+        response._content_consumed = True
         error = _status_error(response.status_code, headers, body, self._where)
         error.response, error.request = response, response.request
         raise error
@@ -3160,7 +3183,7 @@ class Client:
         """Who is asked, with which key"""
         name = self.provider
         if name is None:
-            name = _provider_of_host(self.base_url) if self.base_url else _provider_of_environment(model)
+            name = _provider_of_origin(self.base_url) if self.base_url else _provider_of_environment(model)
         row = None if name is None else PROVIDERS[name]
         base_url = self.base_url or (row.base_url if row else "")
         dialect = self._dialect or DIALECTS[row.dialect if row else "openai"]
@@ -3169,12 +3192,11 @@ class Client:
         return _Target(base_url, dialect, _Hidden(key_headers), row.check_path if row else "/models")
 
     def _key(self, row: Provider | None, base_url: str, headers: Mapping[str, str]) -> str | None:
-        if self._api_key is False or _key_headers(headers):
+        if self._api_key is False or any(name.lower() in _KEY_STAND_INS for name in headers):
             return None
         if isinstance(self._api_key, str):
             return _checked_key(self._api_key, "api_key", row)
-        at_home = row is not None and urlsplit(base_url).hostname == urlsplit(row.base_url).hostname
-        if row is None or not at_home:  # a key from the environment goes to no other host
+        if row is None or _origin(base_url) != _origin(row.base_url):  # a key from the environment stays at home
             return _checked_key(None, f"the call to {_public_url(base_url)}", None)
         source = row.key_variable
         if self.provider is None and self.base_url is None and _is_placeholder(os.environ.get(source)):

@@ -341,13 +341,26 @@ def test_a_provider_that_is_named_counts_over_the_environment(providers, monkeyp
 
 
 def test_the_host_of_a_base_url_names_its_provider(providers, server, monkeypatch):
-    row = sheepsse.PROVIDERS["mistral"]
-    monkeypatch.setitem(sheepsse.PROVIDERS, "mistral", row._replace(base_url="http://LOCALHOST/v1"))
+    row, origin = sheepsse.PROVIDERS["mistral"], server.origin.replace("127.0.0.1", "localhost")
+    monkeypatch.setitem(sheepsse.PROVIDERS, "mistral", row._replace(base_url=origin.replace("localhost", "LOCALHOST")))
     monkeypatch.setenv("MISTRAL_API_KEY", KEY)
     monkeypatch.setenv("HOLYSHEEP_API_KEY", f"{KEY}-2")
-    base_url = server.origin.replace("127.0.0.1", "localhost") + "/other/v1"
-    list(sheepsse.stream("Go", model="gpt-4o", base_url=base_url))
+    list(sheepsse.stream("Go", model="gpt-4o", base_url=origin + "/other/v1"))
     assert providers() == [("other", f"Bearer {KEY}")]
+
+
+@pytest.mark.parametrize("base_url", ["http://api.mistral.ai/v1", "https://api.mistral.ai:8443/v1"])
+def test_a_key_of_the_environment_goes_neither_to_another_port_nor_unencrypted(base_url, monkeypatch):
+    monkeypatch.setenv("MISTRAL_API_KEY", KEY)
+    with pytest.raises(sheepsse.AuthenticationError, match="no API key in the call to"):
+        sheepsse.stream("Go", model="mistral-small", base_url=base_url)
+    with pytest.raises(sheepsse.AuthenticationError):
+        sheepsse.stream("Go", model="mistral-small", provider="mistral", base_url=base_url)
+
+
+def test_a_port_that_is_the_usual_one_is_the_providers_own(monkeypatch):
+    monkeypatch.setenv("MISTRAL_API_KEY", KEY)
+    sheepsse.stream("Go", model="mistral-small", base_url="https://api.mistral.ai:443/v1").close()
 
 
 def test_the_client_of_the_environment_is_kept_for_the_process(providers, server, monkeypatch):

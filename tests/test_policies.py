@@ -695,6 +695,19 @@ def test_a_session_follows_redirects_as_requests_does(server, opened):
     assert server.requests[1].path == "/there"
 
 
+def test_a_session_does_not_read_the_whole_of_a_failed_answer_before_it_tries_again(server, opened):
+    drawn = []
+
+    def blocks():
+        for _ in range(1600):
+            drawn.append(1)
+            yield b"x" * 65536
+
+    server.answer(Answer(status=503, events=blocks()), Answer(body=b"{}"))
+    assert opened(Retry(base_delay=0)).get(server.origin).status_code == 200
+    assert len(drawn) < 400
+
+
 def test_a_session_gives_the_connections_of_failed_tries_back(server, opened):
     server.answer(*[error_answer(503)] * 3, Answer(body=b"{}"))
     assert opened(Retry(base_delay=0)).get(server.origin).status_code == 200

@@ -209,6 +209,18 @@ def test_a_key_in_the_headers_of_a_session_of_ones_own_is_hidden_too(server, ask
         assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
 
 
+GATEWAY_HEADERS = ["cf-aig-authorization", "Helicone-Auth", "Ocp-Apim-Subscription-Key", "X-Auth-Token"]
+
+
+@pytest.mark.parametrize("header", GATEWAY_HEADERS)
+def test_a_key_in_a_gateways_header_is_hidden_and_does_not_replace_the_providers(server, asking, header):
+    server.answer(error_answer(401, f"Bad key {SECRET}"))
+    error = raised(asking(headers={header: f"Bearer {SECRET}"}))
+    assert hides(error, SECRET)
+    assert server.requests[0].headers[header] == f"Bearer {SECRET}"
+    assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+
+
 def test_what_an_error_says_beside_the_key_stays(server, asking):
     server.answer(error_answer(401, f"Incorrect API key provided: {KEY}. See the manual"))
     error = raised(asking())
@@ -404,6 +416,18 @@ def test_a_base_url_that_cannot_be_used_is_refused_without_what_is_secret_in_it(
     with pytest.raises(InvalidRequestError, match="expected a base_url like") as caught:
         sheepsse.Client(base_url=base_url)
     assert hides(caught.value, SECRET)
+
+
+def test_a_key_in_the_place_of_the_providers_name_is_not_shown():
+    with pytest.raises(InvalidRequestError, match="no provider") as caught:
+        sheepsse.Client(KEY)
+    assert hides(caught.value)
+
+
+@pytest.mark.parametrize("name", ["code", "auth", "password", "access"])
+def test_a_secret_in_the_query_is_hidden_whatever_it_is_called(server, asking, name):
+    server.answer(error_answer(401, f"No such {SECRET}"))
+    assert hides(raised(asking(base_url=f"{server.base_url}?{name}={SECRET}", api_key=False)), SECRET)
 
 
 ENCODED = f"%2F%2B%2B{SECRET}%3D"
