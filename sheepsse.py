@@ -57,7 +57,7 @@ from typing import (
     Sequence,
     TypeVar,
 )
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 import requests
 import urllib3
@@ -574,6 +574,8 @@ class Chunk(NamedTuple):
     #: the answer's id and model, where the event named them
     id: str = ""
     model: str = ""
+    #: with the finish reason, by the dialect's name: what the vendor wants back where the conversation goes on
+    vendor: Mapping[str, Any] | None = None
 
 
 class Completion(NamedTuple):
@@ -589,6 +591,29 @@ class Completion(NamedTuple):
     id: str = ""
     #: False after an error, a cancel or an early end
     complete: bool = False
+    #: by the dialect's name: what the vendor wants back where the conversation goes on
+    vendor: Mapping[str, Any] | None = None
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message, to be put after those it answers
+
+            messages.append(stream.completion.message)
+            for call in stream.tool_calls:
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": answers[call.name](**call.parsed)})
+
+        In OpenAI's shape, which every dialect translates. What only its own vendor understands (signatures, hidden
+        reasoning) is under ``vendor``: that vendor's dialect sends it, every other leaves it out.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.tool_calls
+            ]
+        if self.vendor:
+            message["vendor"] = self.vendor
+        return message
 
 
 class ResumePoint(NamedTuple):
@@ -616,6 +641,7 @@ class _Answer:
         self.refusal: list[str] = []
         self.tool_calls: dict[int, tuple[str, str, list[str]]] = {}
         self.finish_reason: str | None = None
+        self.vendor: Mapping[str, Any] | None = None
         self.usage: Usage | None = None
         self.model = ""
         self.id = ""
@@ -647,6 +673,8 @@ class _Answer:
             self.refusal.append(chunk.refusal)
         if chunk.finish_reason:
             self.finish_reason = chunk.finish_reason
+        if chunk.vendor:
+            self.vendor = chunk.vendor
         for call in chunk.tool_calls:
             # id and name come once; later parts carry none, or empty ones (Qwen)
             id, name, arguments = self.tool_calls.get(call.index, ("", "", []))
@@ -670,6 +698,7 @@ class _Answer:
             model=self.model,
             id=self.id,
             complete=self.complete,
+            vendor=self.vendor,
         )
 
     def resume_point(self) -> ResumePoint:
@@ -872,6 +901,11 @@ class SSEDecoder:
                 self._id = value
         elif field == b"retry" and value.isdigit():  # bytes.isdigit knows ASCII digits only
             self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits are for ever too
+        else:
+            self._unknown(line)
+
+    def _unknown(self, line: bytes) -> None:
+        """A line that is no field: it means nothing"""
 
     def _blank_line(self, events: list[ServerSentEvent]) -> None:
         self._first_line = False
@@ -1043,6 +1077,25 @@ class _JSONDecoder:
         return []
 
 
+class _AnswerDecoder(SSEDecoder):
+    """Finds also an error that ends an event stream as bare JSON, without ``data:`` (Gemini)"""
+
+    def __init__(self, max_event_size: int) -> None:
+        super().__init__(max_event_size)
+        self._bare = bytearray()
+
+    def _unknown(self, line: bytes) -> None:
+        if (self._bare or line[:1] == b"{") and len(self._bare) <= _BLOCK:
+            self._bare += line + b"\n"
+
+    def flush(self) -> list[ServerSentEvent]:
+        bare = _decode(self._bare + self._open)
+        events = super().flush()
+        if bare[:1] == "{" and _is_whole(bare):
+            events.append(ServerSentEvent(data=bare))
+        return events
+
+
 def _framed(
     blocks: Iterator[bytes], content_type: str, format: str | None, max_event_size: int
 ) -> Iterator[ServerSentEvent]:
@@ -1061,7 +1114,7 @@ def _framed(
     visible = _visible(start)
     if visible or len(start) > max_event_size:
         kind = format or (_framing(content_type, visible) if visible else "sse")
-        decoder = SSEDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
+        decoder = _AnswerDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
         yield from _decoded(itertools.chain((bytes(start),), blocks), decoder)
         if isinstance(decoder, _JSONDecoder) and decoder.is_inside:
             raise StreamInterrupted("the answer ended in the middle of its JSON")
@@ -1174,13 +1227,18 @@ class _StrictDecoder(SSEDecoder):
 class Dialect:
     """How one family of APIs speaks; an instance reads one stream
 
-    A subclass says how a request is written (``path``, ``headers``, ``body``) and what an event means
+    A subclass says how a request is written (``path``, ``key_headers``, ``body``) and what an event means
     (``chunks``), and is put into ``DIALECTS`` under its name.
     """
 
     name = ""
-    #: put after the base URL
+    #: put after the base URL, and after the first of ``roots``, in one of which a base URL may end already
     path = ""
+    roots: tuple[str, ...] = ()
+    #: where the list of models is
+    models_path = "/models"
+    #: headers of every request
+    headers: Mapping[str, str] = {}
     #: False for servers that never send an end marker: the end of the body is then the end of the answer
     require_end = True
     #: names of events whose data must be readable; others are skipped where it is not
@@ -1195,19 +1253,43 @@ class Dialect:
         self.done = False
 
     @classmethod
+    def url(cls, base_url: str, model: str, stream: bool) -> str:
+        """Where a request goes"""
+        return cls.endpoint(base_url, cls.path)
+
+    @classmethod
+    def endpoint(cls, base_url: str, path: str) -> str:
+        """The path put after a base URL, before its query if it has one (Azure's api-version)"""
+        parts = urlsplit(base_url)
+        base = parts.path.rstrip("/")
+        if cls.roots and not base.endswith(cls.roots):
+            base += cls.roots[0]
+        return urlunsplit(parts._replace(path=base + path))
+
+    @classmethod
     def key_headers(cls, key: str) -> dict[str, str]:
         """The headers that carry the key"""
         return {"Authorization": f"Bearer {key}"}
 
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
-        """The body of a request; ``params`` are the caller's own and stay as they are"""
+        """The body of a request, of messages and tools in OpenAI's shape; nothing of the caller's is changed"""
         raise NotImplementedError
 
     @classmethod
     def optional(cls, stream: bool) -> dict[str, Any]:
         """What else is asked for, where the caller does not set it and the server does not refuse it"""
         return {}
+
+    @classmethod
+    def choices_asked(cls, body: Mapping[str, Any]) -> int:
+        """How many choices a body asks for"""
+        return _count(body.get("n"), 1)
+
+    @classmethod
+    def recognises(cls, payload: Mapping[str, Any]) -> bool:
+        """Whether the JSON of an event can only be of this dialect"""
+        return False
 
     def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
         """What an event brings; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
@@ -1249,15 +1331,27 @@ class _OpenAI(Dialect):
         self._begun: set[int] = set()  # choices of which something came
         self._calls: dict[tuple[int, int], ToolCall] = {}  # the open call of (choice, index as sent)
         self._call_count: dict[int, int] = {}  # of each choice
+        self._thoughts: dict[int, _Thoughts] = {}  # of each choice
 
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
-        return {"model": model, "messages": messages, "stream": stream, **params}
+        return {"model": model, "messages": list(map(cls._message, messages)), "stream": stream, **params}
+
+    @classmethod
+    def _message(cls, message: Any) -> Any:
+        if not isinstance(message, Mapping) or "vendor" not in message:
+            return message
+        plain = {name: value for name, value in message.items() if name != "vendor"}
+        return {**plain, **(_kept(message, cls.name) or {})}
 
     @classmethod
     def optional(cls, stream: bool) -> dict[str, Any]:
         # obfuscation is padding against observers of the line, at the price of bytes
         return {"stream_options": {"include_usage": True, "include_obfuscation": False}} if stream else {}
+
+    @classmethod
+    def recognises(cls, payload: Mapping[str, Any]) -> bool:
+        return "choices" in payload or str(payload.get("object")).startswith("chat.completion")
 
     def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
         if event.data.strip() == "[DONE]":
@@ -1303,15 +1397,24 @@ class _OpenAI(Dialect):
         reason = _text(choice.get("finish_reason")) or None
         self._finished[index] = bool(reason) or self._finished.get(index, False)
         text, thought = _content(delta.get("content"))
+        reasoning = _reasoning(delta) or thought
+        if reasoning or delta.get("reasoning_details"):
+            self._thoughts.setdefault(index, _Thoughts()).add(delta)
         return named._replace(
             text=text,
-            reasoning=_reasoning(delta) or thought,
+            reasoning=reasoning,
             refusal=_text(delta.get("refusal")),
             tool_calls=tuple(self._tool_calls(delta, index)),
             finish_reason=reason,
             finish=self._FINISH.get(reason, "other") if reason else None,
             index=index,
+            vendor=self._vendor(index) if reason else None,
         )
+
+    def _vendor(self, choice: int) -> dict[str, Any] | None:
+        """The reasoning that a conversation with tools cannot go on without (DeepSeek, OpenRouter)"""
+        kept = self._thoughts[choice].message() if choice in self._thoughts and self._call_count.get(choice) else None
+        return {self.name: kept} if kept else None
 
     def _tool_calls(self, delta: dict[str, Any], choice: int) -> Iterator[ToolCall]:
         parts = _list(delta.get("tool_calls"))
@@ -1398,6 +1501,56 @@ def _reasoning(delta: dict[str, Any]) -> str:
     return "".join(_text(detail.get("text")) or _text(detail.get("summary")) for detail in details)
 
 
+class _Part:
+    """A part of an answer in the vendor's shape, put together from the pieces it came in"""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = dict(fields)
+        self._pieces: dict[str, list[str]] = {}
+
+    def append(self, name: str, piece: str) -> None:
+        """More text of a field"""
+        self._pieces.setdefault(name, []).append(piece)
+
+    def update(self, fields: Mapping[str, Any]) -> None:
+        self._fields.update(fields)
+
+    def get(self, name: str) -> Any:
+        """A field, as far as it came in one"""
+        return self._fields.get(name)
+
+    def whole(self) -> dict[str, Any]:
+        texts = {name: _text(self._fields.get(name)) + "".join(pieces) for name, pieces in self._pieces.items()}
+        return {**self._fields, **texts}
+
+
+class _Thoughts:
+    """The reasoning of one choice, in the words in which it is to be sent back"""
+
+    def __init__(self) -> None:
+        self._content: list[str] = []
+        self._details: list[_Part] = []
+
+    def add(self, delta: dict[str, Any]) -> None:
+        self._content.append(_text(delta.get("reasoning_content")))
+        for detail in map(_dict, _list(delta.get("reasoning_details"))):
+            texts = {name: detail[name] for name in ("text", "summary", "data") if _text(detail.get(name))}
+            rest = {name: value for name, value in detail.items() if name not in texts and value is not None}
+            last = self._details[-1] if self._details else None
+            if last is None or any(last.get(name) != detail.get(name) for name in ("type", "index")):
+                last = _Part({})
+                self._details.append(last)
+            last.update(rest)
+            for name, text in texts.items():
+                last.append(name, text)
+
+    def message(self) -> dict[str, Any]:
+        if self._details:
+            return {"reasoning_details": [detail.whole() for detail in self._details]}
+        content = "".join(self._content)
+        return {"reasoning_content": content} if content else {}
+
+
 # What a server sends may be anything: each of these gives its type, or the type's nothing
 
 
@@ -1425,7 +1578,1029 @@ def _money(value: Any) -> Decimal | None:
     return Decimal(repr(value))
 
 
-DIALECTS: dict[str, type[Dialect]] = {"openai": _OpenAI}
+# Requests to vendors with a shape of their own: what OpenAI's messages, tools and options are called there
+
+
+def _kept(message: Mapping[str, Any], dialect: str) -> Any:
+    """What an answer of the same dialect kept for the time that it is sent back, or None"""
+    return _dict(message.get("vendor")).get(dialect)
+
+
+def _checked_messages(messages: Sequence[Any]) -> list[Mapping[str, Any]]:
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise InvalidRequestError(f"a message is a dict with a role and a content, got {type(message).__name__}")
+    return list(messages)
+
+
+def _is_system(message: Mapping[str, Any]) -> bool:
+    return message.get("role") in ("system", "developer")
+
+
+def _parts(content: Any) -> list[Any]:
+    """A content as the list of its parts"""
+    if isinstance(content, list):
+        return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return [{"type": "text", "text": content}] if content else []
+
+
+def _plain_text(content: Any) -> str:
+    """A content that can only be text"""
+    return _text(content) or _texts(_parts(content))
+
+
+class _Image(NamedTuple):
+    """A part ``{"type": "image_url", "image_url": {"url": ...}}``, taken apart"""
+
+    url: str
+    #: of a data: URL, else ""
+    data: str
+    media_type: str
+    detail: str
+
+
+def _image(part: Any) -> _Image | None:
+    """The image of a content part, or None where it is none in OpenAI's shape"""
+    if not isinstance(part, Mapping) or part.get("type") != "image_url":
+        return None
+    given = part.get("image_url")
+    url = _text(given) or _text(_dict(given).get("url"))
+    match = re.match(r"data:([^;,]*)(?:;[^;,]*)*;base64,", url, re.IGNORECASE)
+    if match:
+        return _Image(url, url[match.end() :], match.group(1) or "image/png", "")
+    import mimetypes  # reads the system's table
+
+    return _Image(
+        url, "", mimetypes.guess_type(urlsplit(url).path)[0] or "image/png", _text(_dict(given).get("detail"))
+    )
+
+
+def _function_of(tool: Any) -> dict[str, Any] | None:
+    """The function of a tool or a tool choice in OpenAI's shape, or None where it has another"""
+    function = (
+        tool.get("function") if isinstance(tool, Mapping) and tool.get("type", "function") == "function" else None
+    )
+    return dict(function) if isinstance(function, Mapping) else None
+
+
+def _calls_of(message: Mapping[str, Any]) -> list[ToolCall]:
+    """The tool calls in a message of OpenAI's shape"""
+    calls = []
+    for index, call in enumerate(_list(message.get("tool_calls"))):
+        function = _function_of(call) or {}
+        arguments = function.get("arguments")
+        text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else _text(arguments)
+        calls.append(ToolCall(index, _text(call.get("id")), _text(function.get("name")), text))
+    return calls
+
+
+def _arguments_of(call: ToolCall) -> Any:
+    """The arguments of a call that is sent back, as an object"""
+    try:
+        return call.parsed
+    except InvalidStreamError as error:
+        raise InvalidRequestError(str(error)) from None
+
+
+class _OpenCalls:
+    """The tool calls of a conversation, which its results belong to by id, else by name, else in order"""
+
+    def __init__(self) -> None:
+        self._open: list[ToolCall] = []
+
+    def note(self, calls: Iterable[ToolCall]) -> None:
+        self._open.extend(calls)
+
+    def answered(self, result: Mapping[str, Any]) -> ToolCall:
+        """The call that a message of the role ``tool`` answers"""
+        id, name = _text(result.get("tool_call_id")), _text(result.get("name"))
+        for call in self._open:
+            if (call.id == id) if id else (not name or call.name == name):
+                self._open.remove(call)
+                return call
+        return ToolCall(id=id, name=name)
+
+
+def _moved(params: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Takes options out of ``params`` and gives them under the vendor's names; None counts as not given"""
+    return {other: params.pop(name) for name, other in names.items() if params.get(name) is not None}
+
+
+def _same(names: str) -> dict[str, str]:
+    """Names of options that are the same at the vendor"""
+    return {name: name for name in names.split()}
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class _Anthropic(Dialect):
+    """Anthropic Messages
+
+    https://docs.anthropic.com/en/api/messages-streaming
+    """
+
+    name = "anthropic"
+    path = "/messages"
+    roots = ("/v1",)
+    headers: Mapping[str, str] = {"anthropic-version": "2023-06-01"}
+
+    _FINISH = {
+        "end_turn": "stop",
+        "stop_sequence": "stop",
+        "max_tokens": "length",
+        "model_context_window_exceeded": "length",
+        "tool_use": "tool_calls",
+        "refusal": "refusal",
+    }
+    #: the fields that the kinds of delta add to
+    _DELTAS = {
+        "text_delta": "text",
+        "thinking_delta": "thinking",
+        "signature_delta": "signature",
+        "input_json_delta": "partial_json",
+        "compaction_delta": "content",
+    }
+    #: what is asked for where the caller does not say, since something must be: all models since 3.5 can do it
+    _MAX_TOKENS = 8192
+    _TOOL_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
+
+    def __init__(self, choices: int = 1) -> None:
+        super().__init__(choices)
+        self._id: str | None = None  # of the message that has begun
+        self._blocks: dict[int, _Part] = {}
+        self._calls: dict[int, int] = {}  # the tool call that a block is
+        self._usage: dict[str, Any] = {}
+        self._event_kinds: dict[str, Callable[[dict[str, Any], Chunk], Iterator[Chunk]]] = {
+            "message_start": self._message_start,
+            "content_block_start": self._block_start,
+            "content_block_delta": self._block_delta,
+            "message_delta": self._message_delta,
+            "message_stop": self._message_stop,
+            "message": self._message,
+        }
+        self.event_names = self.event_names.union(self._event_kinds)
+
+    @classmethod
+    def key_headers(cls, key: str) -> dict[str, str]:
+        return {"x-api-key": key}
+
+    # Requests
+
+    @classmethod
+    def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
+        params = dict(params)
+        given = _checked_messages(messages)
+        system = [params.pop("system", None), *(message.get("content") for message in given if _is_system(message))]
+        limit = {
+            **_moved(params, {"max_completion_tokens": "max_tokens"}),
+            **_moved(params, {"max_tokens": "max_tokens"}),
+        }
+        thinking = _count(_dict(params.get("thinking")).get("budget_tokens"))
+        body = {
+            "model": model,
+            "max_tokens": cls._MAX_TOKENS + thinking,
+            **limit,
+            "messages": cls._turns([message for message in given if not _is_system(message)]),
+            "stream": stream,
+            **_moved(params, {"stop": "stop_sequences"}),
+        }
+        if any(system):
+            body["system"] = cls._system([content for content in system if content])
+        if "stop_sequences" in body:
+            body["stop_sequences"] = _as_list(body["stop_sequences"])
+        if params.get("tools"):
+            body["tools"] = list(map(cls._tool, params.pop("tools")))
+        if params.get("tool_choice") is not None:
+            body["tool_choice"] = cls._tool_choice(params.pop("tool_choice"))
+        return {**body, **params}
+
+    @staticmethod
+    def _system(contents: list[Any]) -> Any:
+        if all(isinstance(content, str) for content in contents):
+            return "\n\n".join(contents)
+        return [part for content in contents for part in _parts(content)]
+
+    @classmethod
+    def _turns(cls, messages: list[Mapping[str, Any]]) -> list[Any]:
+        turns: list[Any] = []
+        results: list[Any] | None = None  # of the turn that they are gathered in: all belong into one
+        for message in messages:
+            if message.get("role") == "tool":
+                if results is None:
+                    results = []
+                    turns.append({"role": "user", "content": results})
+                results.append(cls._result(message))
+            else:
+                results = None
+                turns.append(cls._turn(message))
+        return turns
+
+    @classmethod
+    def _result(cls, message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        content = [cls._part(part) for part in content] if isinstance(content, list) else content or ""
+        return {"type": "tool_result", "tool_use_id": message.get("tool_call_id"), "content": content}
+
+    @classmethod
+    def _turn(cls, message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        calls = _calls_of(message)
+        kept = _kept(message, cls.name)
+        if kept is None and (calls or not isinstance(content, str)):
+            kept = [cls._part(part) for part in _parts(content)]
+            kept += [
+                {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments_of(call)} for call in calls
+            ]
+        return {"role": message.get("role"), "content": content if kept is None else kept}
+
+    @staticmethod
+    def _part(part: Any) -> Any:
+        image = _image(part)
+        if image is None:
+            return part
+        if image.data:
+            return {"type": "image", "source": {"type": "base64", "media_type": image.media_type, "data": image.data}}
+        return {"type": "image", "source": {"type": "url", "url": image.url}}
+
+    @staticmethod
+    def _tool(tool: Any) -> Any:
+        function = _function_of(tool)
+        if function is None:
+            return tool
+        schema = function.pop("parameters", None) or {"type": "object", "properties": {}}
+        return {**function, "input_schema": schema}
+
+    @classmethod
+    def _tool_choice(cls, choice: Any) -> Any:
+        if isinstance(choice, str):
+            return {"type": cls._TOOL_CHOICES.get(choice, choice)}
+        function = _function_of(choice)
+        return choice if function is None else {"type": "tool", "name": function.get("name")}
+
+    # Answers
+
+    @classmethod
+    def recognises(cls, payload: Mapping[str, Any]) -> bool:
+        kind = _text(payload.get("type"))
+        return (
+            kind == "ping"
+            or kind.startswith(("message_", "content_block_"))
+            or (kind == "message" and "role" in payload)
+        )
+
+    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+        payload = self.load(event)
+        if payload is None:
+            return
+        kind = _text(payload.get("type")) or event.event
+        error = _reported_error(payload, kind == "error")
+        if error is not None:
+            raise _stream_error(error)
+        read = self._event_kinds.get(kind)
+        if read is not None:
+            yield from read(payload, Chunk(event_id=event.id or "", raw=payload))
+
+    def _message_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        message = _dict(payload.get("message"))
+        id = _text(message.get("id"))
+        if self._id is not None and id != self._id:
+            raise InvalidStreamError(
+                f"expected the end of message {self._id!r}, got the start of message {id!r}: "
+                "two answers in one stream, as of a proxy that asked again"
+            )
+        self._id = id
+        yield named._replace(id=id, model=_text(message.get("model")), usage=self._counted(message.get("usage")))
+
+    def _block_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        index, block = _count(payload.get("index")), _dict(payload.get("content_block"))
+        self._blocks[index] = _Part(block)
+        yield from self._block(index, block, named)
+
+    def _block(self, index: int, block: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        """What a block holds already, as it begins or whole"""
+        kind = block.get("type")
+        if kind == "tool_use":
+            self._calls[index] = len(self._calls)
+            given = block.get("input")
+            arguments = json.dumps(given, ensure_ascii=False) if given else ""
+            call = ToolCall(self._calls[index], _text(block.get("id")), _text(block.get("name")), arguments)
+            yield named._replace(tool_calls=(call,))
+        elif kind == "text" and _text(block.get("text")):
+            yield named._replace(text=block["text"])
+        elif kind == "thinking" and _text(block.get("thinking")):
+            yield named._replace(reasoning=block["thinking"])
+
+    def _block_delta(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        index, delta = _count(payload.get("index")), _dict(payload.get("delta"))
+        kind = _text(delta.get("type"))
+        field = self._DELTAS.get(kind)
+        piece = _text(delta.get(field)) if field else ""
+        block = self._blocks.setdefault(index, _Part({}))
+        if field:
+            block.append(field, piece)
+        elif kind == "citations_delta":
+            block.update({"citations": [*_list(block.get("citations")), delta.get("citation")]})
+        if kind == "text_delta" and piece:
+            yield named._replace(text=piece)
+        elif kind == "thinking_delta" and piece:
+            yield named._replace(reasoning=piece)
+        elif kind == "input_json_delta" and piece and index in self._calls:
+            yield named._replace(tool_calls=(ToolCall(self._calls[index], arguments=piece),))
+
+    def _message_delta(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        usage = self._counted(payload.get("usage"))
+        yield self._finished(
+            _dict(payload.get("delta")).get("stop_reason"), named._replace(usage=usage), self._whole_blocks()
+        )
+
+    def _message_stop(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        self.whole = self.done = True
+        yield from ()
+
+    def _message(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        """One message instead of a stream"""
+        blocks = [block for block in _list(payload.get("content")) if isinstance(block, dict)]
+        yield named._replace(
+            id=_text(payload.get("id")), model=_text(payload.get("model")), usage=self._counted(payload.get("usage"))
+        )
+        for index, block in enumerate(blocks):
+            yield from self._block(index, block, named)
+        self.whole = self.done = True
+        yield self._finished(payload.get("stop_reason"), named, blocks)
+
+    def _finished(self, reason: Any, named: Chunk, blocks: list[dict[str, Any]] | None) -> Chunk:
+        reason = _text(reason)
+        if not reason:
+            return named
+        # text alone can be told by the text
+        kept = blocks if blocks and any(block.get("type") != "text" for block in blocks) else None
+        return named._replace(
+            finish_reason=reason,
+            finish=self._FINISH.get(reason, "other"),
+            vendor={self.name: kept} if kept else None,
+        )
+
+    def _whole_blocks(self) -> list[dict[str, Any]] | None:
+        """The blocks as they can be sent back, None where one cannot"""
+        blocks = []
+        for _, part in sorted(self._blocks.items()):
+            block = part.whole()
+            text = block.pop("partial_json", "")
+            if text.strip():
+                block["input"] = _json(text)
+            if block.get("input") is _NO_JSON:
+                return None
+            if "type" in block and (block["type"] != "text" or block.get("text")):  # an empty text is refused
+                blocks.append(block)
+        return blocks
+
+    def _counted(self, usage: Any) -> Usage | None:
+        """The counts so far: those of the start, under what came since"""
+        self._usage.update({name: value for name, value in _dict(usage).items() if value is not None})
+        wire = self._usage
+        if not wire:
+            return None
+        cache_read, cache_write = (
+            _count(wire.get("cache_read_input_tokens")),
+            _count(wire.get("cache_creation_input_tokens")),
+        )
+        input_tokens = _count(wire.get("input_tokens")) + cache_read + cache_write
+        output_tokens = _count(wire.get("output_tokens"))
+        return Usage(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            total_tokens=input_tokens + output_tokens,
+            cache_read_tokens=cache_read,
+            cache_write_tokens=cache_write,
+            reasoning_tokens=_count(_dict(wire.get("output_tokens_details")).get("thinking_tokens")),
+        )
+
+
+class _Gemini(Dialect):
+    """Google's Gemini API, generateContent
+
+    https://ai.google.dev/api/generate-content
+    """
+
+    name = "gemini"
+    roots = ("/v1beta", "/v1alpha", "/v1")
+
+    _REFUSALS = frozenset({"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY"})
+    _TOOL_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
+    #: where OpenAI's options and Ollama's belong in generationConfig
+    _CONFIG_NAMES: Mapping[str, str] = {
+        "max_tokens": "maxOutputTokens",
+        "max_completion_tokens": "maxOutputTokens",
+        "top_p": "topP",
+        "top_k": "topK",
+        "stop": "stopSequences",
+        "n": "candidateCount",
+        "presence_penalty": "presencePenalty",
+        "frequency_penalty": "frequencyPenalty",
+        **_same(
+            "candidateCount frequencyPenalty imageConfig logprobs maxOutputTokens mediaResolution presencePenalty "
+            "responseJsonSchema responseLogprobs responseMimeType responseModalities responseSchema seed "
+            "speechConfig stopSequences temperature thinkingConfig topK topP"
+        ),
+    }
+
+    def __init__(self, choices: int = 1) -> None:
+        super().__init__(choices)
+        self._finished: dict[int, bool] = dict.fromkeys(range(choices), False)
+        self._parts: dict[int, list[dict[str, Any]]] = {}  # of each candidate
+        self._call_count: dict[int, int] = {}
+
+    @classmethod
+    def url(cls, base_url: str, model: str, stream: bool) -> str:
+        path = model if "/" in model else f"models/{model}"
+        method = "streamGenerateContent" if stream else "generateContent"
+        parts = urlsplit(cls.endpoint(base_url, f"/{quote(path)}:{method}"))
+        query = [parts.query, "alt=sse" if stream else ""]
+        return urlunsplit(parts._replace(query="&".join(filter(None, query))))
+
+    @classmethod
+    def key_headers(cls, key: str) -> dict[str, str]:
+        return {"x-goog-api-key": key}
+
+    # Requests
+
+    @classmethod
+    def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
+        params = dict(params)
+        given = _checked_messages(messages)
+        config = _moved(params, cls._CONFIG_NAMES)
+        if "stopSequences" in config:
+            config["stopSequences"] = _as_list(config["stopSequences"])
+        config.update(_dict(params.pop("generationConfig", None)))
+        system = [
+            part for message in given if _is_system(message) for part in map(cls._part, _parts(message.get("content")))
+        ]
+        system = [*_list(_dict(params.pop("systemInstruction", None)).get("parts")), *system]
+        body: dict[str, Any] = {"contents": cls._contents([message for message in given if not _is_system(message)])}
+        if system:
+            body["systemInstruction"] = {"parts": system}
+        if config:
+            body["generationConfig"] = config
+        if params.get("tools"):
+            body["tools"] = cls._tools(params.pop("tools"))
+        if params.get("tool_choice") is not None:
+            body["toolConfig"] = {"functionCallingConfig": cls._tool_choice(params.pop("tool_choice"))}
+        return {**body, **params}
+
+    @classmethod
+    def choices_asked(cls, body: Mapping[str, Any]) -> int:
+        return _count(_dict(body.get("generationConfig")).get("candidateCount"), 1)
+
+    @classmethod
+    def _contents(cls, messages: list[Mapping[str, Any]]) -> list[Any]:
+        contents: list[Any] = []
+        calls = _OpenCalls()
+        results: list[Any] | None = None  # of the turn that they are gathered in: all belong into one
+        for message in messages:
+            if message.get("role") == "tool":
+                if results is None:
+                    results = []
+                    contents.append({"role": "user", "parts": results})
+                results.append(cls._result(message, calls.answered(message)))
+                continue
+            results = None
+            if "parts" in message:
+                calls.note(cls._calls_in(_list(message["parts"])))
+                contents.append(message)
+            else:
+                calls.note(_calls_of(message))
+                contents.append(cls._content(message))
+        return contents
+
+    @classmethod
+    def _content(cls, message: Mapping[str, Any]) -> dict[str, Any]:
+        role = "model" if message.get("role") == "assistant" else message.get("role")
+        parts = _kept(message, cls.name)
+        if parts is None:
+            parts = [cls._part(part) for part in _parts(message.get("content"))]
+            parts += [
+                {
+                    "functionCall": {
+                        "name": call.name,
+                        "args": _arguments_of(call),
+                        **({"id": call.id} if call.id else {}),
+                    }
+                }
+                for call in _calls_of(message)
+            ]
+        return {"role": role, "parts": parts}
+
+    @staticmethod
+    def _calls_in(parts: list[Any]) -> Iterator[ToolCall]:
+        for call in (_dict(_dict(part).get("functionCall")) for part in parts):
+            if call:
+                yield ToolCall(id=_text(call.get("id")), name=_text(call.get("name")))
+
+    @staticmethod
+    def _result(message: Mapping[str, Any], call: ToolCall) -> dict[str, Any]:
+        content = _plain_text(message.get("content"))
+        parsed = _json(content)
+        response = {"name": call.name, "response": parsed if isinstance(parsed, dict) else {"result": content}}
+        return {"functionResponse": {**({"id": call.id} if call.id else {}), **response}}
+
+    @staticmethod
+    def _part(part: Any) -> Any:
+        image = _image(part)
+        if image is not None and image.data:
+            return {"inlineData": {"mimeType": image.media_type, "data": image.data}}
+        if image is not None:
+            return {"fileData": {"fileUri": image.url, "mimeType": image.media_type}}
+        return {"text": part.get("text")} if isinstance(part, Mapping) and part.get("type") == "text" else part
+
+    @staticmethod
+    def _tools(tools: Iterable[Any]) -> list[Any]:
+        declared, others = [], []
+        for tool in tools:
+            function = _function_of(tool)
+            if function is None:
+                others.append(tool)
+                continue
+            schema = function.pop("parameters", None)
+            function.pop("strict", None)
+            declared.append({**function, "parametersJsonSchema": schema} if schema else function)
+        return ([{"functionDeclarations": declared}] if declared else []) + others
+
+    @classmethod
+    def _tool_choice(cls, choice: Any) -> Any:
+        if isinstance(choice, str):
+            return {"mode": cls._TOOL_MODES.get(choice, choice)}
+        function = _function_of(choice)
+        return choice if function is None else {"mode": "ANY", "allowedFunctionNames": [function.get("name")]}
+
+    # Answers
+
+    @classmethod
+    def recognises(cls, payload: Mapping[str, Any]) -> bool:
+        return bool({"candidates", "promptFeedback", "usageMetadata"}.intersection(payload))
+
+    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+        payload = self.load(event)
+        if payload is None:
+            return
+        error = _reported_error(payload, event.event == "error")
+        if error is not None:
+            raise _stream_error(error)
+        candidates = [candidate for candidate in _list(payload.get("candidates")) if isinstance(candidate, dict)]
+        named = Chunk(
+            usage=self._usage(_dict(payload.get("usageMetadata"))),
+            event_id=event.id or "",
+            raw=payload,
+            id=_text(payload.get("responseId")),
+            model=_text(payload.get("modelVersion")),
+        )
+        blocked = _text(_dict(payload.get("promptFeedback")).get("blockReason"))
+        chunks = [self._candidate(candidate, named) for candidate in candidates]
+        if blocked and not candidates:
+            chunks = [named._replace(finish_reason=blocked, finish="refusal")]
+        self.whole = self.whole or bool(blocked and not candidates) or all(self._finished.values())
+        yield from chunks or ([named] if named.usage else [])
+
+    def _candidate(self, candidate: dict[str, Any], named: Chunk) -> Chunk:
+        index = _count(candidate.get("index"))
+        parts = [part for part in _list(_dict(candidate.get("content")).get("parts")) if isinstance(part, dict)]
+        self._parts.setdefault(index, []).extend(parts)
+        reason = _text(candidate.get("finishReason")) or None
+        self._finished[index] = bool(reason) or self._finished.get(index, False)
+        calls = tuple(self._tool_calls(parts, index))
+        return named._replace(
+            text=_texts(part for part in parts if not part.get("thought")),
+            reasoning=_texts(part for part in parts if part.get("thought")),
+            tool_calls=calls,
+            finish_reason=reason,
+            finish=self._finish(reason, index) if reason else None,
+            index=index,
+            vendor=self._vendor(index) if reason else None,
+        )
+
+    def _tool_calls(self, parts: list[dict[str, Any]], candidate: int) -> Iterator[ToolCall]:
+        for call in (_dict(part.get("functionCall")) for part in parts):
+            if call:
+                index = self._call_count.get(candidate, 0)
+                self._call_count[candidate] = index + 1
+                arguments = json.dumps(_dict(call.get("args")), ensure_ascii=False)
+                yield ToolCall(index, _text(call.get("id")), _text(call.get("name")), arguments)
+
+    def _finish(self, reason: str, candidate: int) -> str:
+        if reason == "STOP":
+            return "tool_calls" if self._call_count.get(candidate) else "stop"
+        return "length" if reason == "MAX_TOKENS" else "refusal" if reason in self._REFUSALS else "other"
+
+    def _vendor(self, candidate: int) -> dict[str, Any] | None:
+        """The parts as they came, but for texts that came in pieces; None where they are text alone"""
+        whole: list[_Part] = []
+        open_text: dict[str, Any] | None = None  # what is said beside the text that the last part is
+        for part in self._parts[candidate]:
+            beside = {name: value for name, value in part.items() if name != "text"}
+            if "text" not in part or "thoughtSignature" in part:  # what is signed must come back as it was
+                whole.append(_Part(part))
+                open_text = None
+            elif part["text"]:
+                if beside != open_text:
+                    whole.append(_Part(beside))
+                    open_text = beside
+                whole[-1].append("text", _text(part["text"]))
+        parts = [part.whole() for part in whole]
+        return {self.name: parts} if any(set(part) != {"text"} for part in parts) else None
+
+    @staticmethod
+    def _usage(wire: dict[str, Any]) -> Usage | None:
+        if not wire:
+            return None
+        thoughts = _count(wire.get("thoughtsTokenCount"))
+        input_tokens = _count(wire.get("promptTokenCount")) + _count(wire.get("toolUsePromptTokenCount"))
+        output_tokens = _count(wire.get("candidatesTokenCount")) + thoughts
+        return Usage(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            total_tokens=_count(wire.get("totalTokenCount"), input_tokens + output_tokens),
+            cache_read_tokens=_count(wire.get("cachedContentTokenCount")),
+            reasoning_tokens=thoughts,
+        )
+
+
+class _Responses(Dialect):
+    """OpenAI Responses
+
+    https://platform.openai.com/docs/api-reference/responses-streaming
+    """
+
+    name = "openai-responses"
+    path = "/responses"
+
+    _INCOMPLETE = {"max_output_tokens": "length", "content_filter": "refusal"}
+    _TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
+    _REASONING = frozenset({"response.reasoning_text.delta", "response.reasoning_summary_text.delta"})
+
+    def __init__(self, choices: int = 1) -> None:
+        super().__init__(choices)
+        self._number: int | None = None  # of the last event
+        self._last: dict[str, Any] = {}
+        self._named = False
+        self._calls: dict[int, ToolCall] = {}  # by output_index, without their arguments
+        self._argued: set[int] = set()  # those of which arguments came
+        self._thoughts: dict[int, tuple[str, int]] = {}  # by output_index: which kind of reasoning is given, which part
+        self._items: dict[int, dict[str, Any]] = {}
+        self.event_names = self.event_names | self._TERMINAL | self._REASONING | {"response.output_text.delta"}
+
+    # Requests
+
+    @classmethod
+    def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
+        params = dict(params)
+        limit = _moved(params, {"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"})
+        body = {
+            "model": model,
+            "input": [item for message in _checked_messages(messages) for item in cls._input(message)],
+            "stream": stream,
+            **limit,
+        }
+        if params.get("tools"):
+            body["tools"] = list(map(cls._tool, params.pop("tools")))
+        function = _function_of(params.get("tool_choice"))
+        if function is not None:
+            body["tool_choice"] = {"type": "function", "name": function.get("name")}
+            del params["tool_choice"]
+        return {**body, **params}
+
+    @classmethod
+    def _input(cls, message: Mapping[str, Any]) -> list[Any]:
+        """The items that a message is"""
+        if "type" in message:  # one already
+            return [message]
+        content = message.get("content")
+        if message.get("role") == "tool":
+            output = content if isinstance(content, str) else list(map(cls._part, _parts(content)))
+            return [{"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": output}]
+        kept = _kept(message, cls.name)
+        if kept is not None:
+            return list(kept)
+        text = "output_text" if message.get("role") == "assistant" else "input_text"
+        content = [cls._part(part, text) for part in content] if isinstance(content, list) else content
+        items: list[Any] = [{"role": message.get("role"), "content": content}] if content else []
+        return items + [
+            {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments}
+            for call in _calls_of(message)
+        ]
+
+    @staticmethod
+    def _part(part: Any, text: str = "input_text") -> Any:
+        if isinstance(part, str):
+            return {"type": text, "text": part}
+        if isinstance(part, Mapping) and part.get("type") == "text":
+            return {**part, "type": text}
+        image = _image(part)
+        if image is None:
+            return part
+        detail = {"detail": image.detail} if image.detail else {}
+        return {"type": "input_image", "image_url": image.url, **detail}
+
+    @staticmethod
+    def _tool(tool: Any) -> Any:
+        function = _function_of(tool)
+        # strict is the usual here, and is not in Chat Completions
+        return tool if function is None else {"type": "function", "strict": False, **function}
+
+    # Answers
+
+    @classmethod
+    def recognises(cls, payload: Mapping[str, Any]) -> bool:
+        kind = _text(payload.get("type"))
+        return (
+            kind.startswith("response.")
+            or (kind == "error" and "sequence_number" in payload)
+            or payload.get("object") == "response"
+        )
+
+    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+        if event.data.strip() == "[DONE]":  # OpenRouter sends it, after the terminal event
+            return
+        payload = self.load(event)
+        if payload is None:
+            return
+        kind = _text(payload.get("type")) or event.event
+        if kind != "error" and self._is_repeated(payload):
+            return
+        response = payload if payload.get("object") == "response" else _dict(payload.get("response"))
+        named = Chunk(event_id=event.id or "", raw=payload)
+        if response and not self._named:
+            self._named = True
+            named = named._replace(id=_text(response.get("id")), model=_text(response.get("model")))
+        if response is payload:
+            yield from self._document(response, named)
+        elif kind in self._TERMINAL:
+            yield from self._ended(response, named)
+        elif kind == "error" or (not response and "error" in payload):
+            yield named._replace(finish_reason="failed", finish="other")
+            raise _stream_error(_reported_error(payload, certain=True) or _Reported(""))
+        elif named.id or not response:
+            yield from self._part_of_answer(kind, payload, named)
+
+    def _is_repeated(self, payload: dict[str, Any]) -> bool:
+        """Whether an event came before; StreamInterrupted where some between are missing"""
+        number, last = payload.get("sequence_number"), self._last
+        if not isinstance(number, int):
+            return False
+        if self._number is not None and number > self._number + 1:
+            raise StreamInterrupted(f"expected event {self._number + 1}, got {number}: what is between is lost")
+        # one number for different events is a server's that does not count
+        repeated = self._number is not None and (number < self._number or payload == last)
+        if not repeated:
+            self._number, self._last = number, payload
+        return repeated
+
+    def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        index, delta = _count(payload.get("output_index")), _text(payload.get("delta"))
+        if kind == "response.output_text.delta":
+            yield named._replace(text=delta)
+        elif kind == "response.refusal.delta":
+            yield named._replace(refusal=delta)
+        elif kind in self._REASONING:
+            yield named._replace(reasoning=self._reasoning(kind, index, payload, delta))
+        elif kind == "response.function_call_arguments.delta":
+            yield from self._arguments(index, delta, named)
+        elif kind == "response.function_call_arguments.done":
+            if index not in self._argued:
+                yield from self._arguments(index, _text(payload.get("arguments")), named)
+        elif kind == "response.output_item.added":
+            yield from self._item_added(index, _dict(payload.get("item")), named)
+        elif kind == "response.output_item.done":
+            self._items[index] = _dict(payload.get("item"))
+            yield from self._item_added(index, self._items[index], named)
+        elif named.id:
+            yield named
+
+    def _reasoning(self, kind: str, index: int, payload: dict[str, Any], delta: str) -> str:
+        """A piece of reasoning: an item's summary or its whole text, not both; parts of it are paragraphs"""
+        part = _count(payload.get("summary_index"), _count(payload.get("content_index")))
+        given, before = self._thoughts.setdefault(index, (kind, part))
+        if given != kind:
+            return ""
+        self._thoughts[index] = (kind, part)
+        return delta if part == before else "\n\n" + delta
+
+    def _arguments(self, index: int, piece: str, named: Chunk) -> Iterator[Chunk]:
+        call = self._calls.get(index)
+        if call is not None and piece:
+            self._argued.add(index)
+            yield named._replace(tool_calls=(ToolCall(call.index, arguments=piece),))
+
+    def _item_added(self, index: int, item: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        """A tool call as it begins, or what is new in it as it ends"""
+        if item.get("type") != "function_call":
+            return
+        arguments = _text(item.get("arguments"))
+        if index not in self._calls:
+            self._calls[index] = ToolCall(len(self._calls), _text(item.get("call_id")), _text(item.get("name")))
+            if arguments:
+                self._argued.add(index)
+            yield named._replace(tool_calls=(self._calls[index]._replace(arguments=arguments),))
+        elif index not in self._argued:
+            yield from self._arguments(index, arguments, named)
+
+    def _ended(self, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        """The chunk of a terminal event, and the error where it is one"""
+        status = _text(response.get("status")) or "completed"
+        error = _reported_error(response)
+        items = [item for item in _list(response.get("output")) if isinstance(item, dict)]
+        items = items or [item for _, item in sorted(self._items.items())]
+        kept = any(item.get("type") != "message" for item in items)
+        self.whole = self.done = status != "failed"
+        yield named._replace(
+            usage=self._usage(_dict(response.get("usage"))),
+            finish_reason=status,
+            finish=self._finish(status, response),
+            vendor={self.name: items} if kept and self.whole else None,
+        )
+        if status == "failed":
+            raise _stream_error(error or _Reported("it failed, and does not say why"))
+
+    def _finish(self, status: str, response: dict[str, Any]) -> str:
+        if status == "completed":
+            return "tool_calls" if self._calls else "stop"
+        reason = _text(_dict(response.get("incomplete_details")).get("reason"))
+        return self._INCOMPLETE.get(reason, "other") if status == "incomplete" else "other"
+
+    def _document(self, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        """One response instead of a stream"""
+        for index, item in enumerate(map(_dict, _list(response.get("output")))):
+            content = [part for part in _list(item.get("content")) if isinstance(part, dict)]
+            if item.get("type") == "reasoning":
+                parts = [_text(_dict(part).get("text")) for part in _list(item.get("summary")) or content]
+                yield named._replace(reasoning="\n\n".join(filter(None, parts)))
+            elif item.get("type") == "message":
+                refusal = "".join(_text(part.get("refusal")) for part in content)
+                yield named._replace(text=_texts(content), refusal=refusal)
+            else:
+                yield from self._item_added(index, item, named)
+        if response.get("status") in ("completed", "incomplete", "failed"):
+            yield from self._ended(response, named)
+
+    @staticmethod
+    def _usage(wire: dict[str, Any]) -> Usage | None:
+        if not wire:
+            return None
+        prompt, output = _dict(wire.get("input_tokens_details")), _dict(wire.get("output_tokens_details"))
+        input_tokens, output_tokens = _count(wire.get("input_tokens")), _count(wire.get("output_tokens"))
+        return Usage(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            total_tokens=_count(wire.get("total_tokens"), input_tokens + output_tokens),
+            cache_read_tokens=_count(prompt.get("cached_tokens")),
+            cache_write_tokens=_count(prompt.get("cache_write_tokens")),
+            reasoning_tokens=_count(output.get("reasoning_tokens")),
+            cost=_money(wire.get("cost")),  # OpenRouter
+        )
+
+
+class _Ollama(Dialect):
+    """Ollama's own API
+
+    https://docs.ollama.com/api
+    """
+
+    name = "ollama"
+    path = "/chat"
+    roots = ("/api",)
+    models_path = "/tags"
+
+    _OPTIONS: Mapping[str, str] = {
+        "max_tokens": "num_predict",
+        "max_completion_tokens": "num_predict",
+        **_same(
+            "frequency_penalty min_p mirostat mirostat_eta mirostat_tau num_batch num_ctx num_gpu num_keep "
+            "num_predict num_thread presence_penalty repeat_last_n repeat_penalty seed stop temperature top_k "
+            "top_p typical_p"
+        ),
+    }
+
+    def __init__(self, choices: int = 1) -> None:
+        super().__init__(choices)
+        self._thoughts: list[str] = []
+        self._call_count = 0
+
+    @classmethod
+    def endpoint(cls, base_url: str, path: str) -> str:
+        # /v1 is where Ollama speaks as OpenAI does, and a habit
+        parts = urlsplit(base_url)
+        base = re.sub(r"/v1/*$", "", parts.path)
+        return super().endpoint(urlunsplit(parts._replace(path=base)), path)
+
+    # Requests
+
+    @classmethod
+    def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
+        params = dict(params)
+        options = {**_moved(params, cls._OPTIONS), **_dict(params.pop("options", None))}
+        calls = _OpenCalls()
+        body = {
+            "model": model,
+            "messages": [cls._message(message, calls) for message in _checked_messages(messages)],
+            "stream": stream,
+        }
+        if options:
+            body["options"] = options
+        return {**body, **params}
+
+    @classmethod
+    def _message(cls, message: Mapping[str, Any], calls: _OpenCalls) -> Any:
+        role, content = message.get("role"), message.get("content")
+        if role == "tool" and "tool_name" not in message:
+            return {"role": role, "content": _plain_text(content), "tool_name": calls.answered(message).name}
+        made = _calls_of(message)
+        calls.note(made)
+        if isinstance(content, str) and not made and "vendor" not in message:
+            return message
+        known = {"role", "content", "tool_calls", "vendor"}
+        images = [cls._image(part) for part in _parts(content) if _image(part)]
+        others = {name: value for name, value in message.items() if name not in known}
+        said: dict[str, Any] = {
+            "role": role,
+            "content": _plain_text(content),
+            **others,
+            **(_kept(message, cls.name) or {}),
+        }
+        if images:
+            said["images"] = images
+        if made:
+            said["tool_calls"] = [
+                {
+                    "function": {"name": call.name, "arguments": _arguments_of(call)},
+                    **({"id": call.id} if call.id else {}),
+                }
+                for call in made
+            ]
+        return said
+
+    @staticmethod
+    def _image(part: Any) -> str:
+        image = _image(part)
+        if image is None or not image.data:
+            raise InvalidRequestError("Ollama takes images as data: URLs only, it fetches none")
+        return image.data
+
+    # Answers
+
+    @classmethod
+    def recognises(cls, payload: Mapping[str, Any]) -> bool:
+        return "done" in payload
+
+    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+        payload = self.load(event)
+        if payload is None:
+            return
+        error = _reported_error(payload, event.event == "error")
+        if error is not None:
+            raise _stream_error(error)
+        message = _dict(payload.get("message"))
+        # /api/generate has no message
+        reasoning = _text(message.get("thinking")) or _text(payload.get("thinking"))
+        if reasoning:
+            self._thoughts.append(reasoning)
+        calls = tuple(self._tool_calls(message))
+        chunk = Chunk(
+            text=_text(message.get("content")) or _text(payload.get("response")),
+            reasoning=reasoning,
+            tool_calls=calls,
+            event_id=event.id or "",
+            raw=payload,
+            model=_text(payload.get("model")),
+        )
+        if payload.get("done") is True:
+            self.whole = self.done = True
+            chunk = self._finished(payload, chunk)
+        yield chunk
+
+    def _tool_calls(self, message: dict[str, Any]) -> Iterator[ToolCall]:
+        for call in _list(message.get("tool_calls")):
+            function = _dict(_dict(call).get("function"))
+            arguments = json.dumps(_dict(function.get("arguments")), ensure_ascii=False)
+            yield ToolCall(self._call_count, _text(_dict(call).get("id")), _text(function.get("name")), arguments)
+            self._call_count += 1
+
+    def _finished(self, payload: dict[str, Any], chunk: Chunk) -> Chunk:
+        reason = _text(payload.get("done_reason")) or "stop"  # older servers give none
+        finish = "length" if reason == "length" else "other"
+        if reason == "stop":
+            finish = "tool_calls" if self._call_count else "stop"
+        input_tokens, output_tokens = _count(payload.get("prompt_eval_count")), _count(payload.get("eval_count"))
+        counted = "prompt_eval_count" in payload or "eval_count" in payload
+        kept = {"thinking": "".join(self._thoughts)} if self._thoughts and self._call_count else None
+        return chunk._replace(
+            finish_reason=reason,
+            finish=finish,
+            usage=Usage(input_tokens, output_tokens, input_tokens + output_tokens) if counted else None,
+            vendor={self.name: kept} if kept else None,
+        )
+
+
+DIALECTS: dict[str, type[Dialect]] = {kind.name: kind for kind in (_OpenAI, _Responses, _Anthropic, _Gemini, _Ollama)}
 
 
 def iter_chunks(
@@ -1433,13 +2608,34 @@ def iter_chunks(
 ) -> Iterator[Chunk]:
     """What a stream of events says, in the words of a dialect
 
-    Events may be ours or those of sseclient-py. Raises StreamError for an event that reports an error,
+    Events may be ours or those of sseclient-py. Raises StreamError for an error event,
     InvalidStreamError for data that cannot be read, StreamInterrupted where the events end without the end
-    marker; each has what came before in ``partial``. ``"auto"`` is ``openai``, the one dialect there is so far.
-    ``choices`` is how many were asked for (``n``): each must have its end.
+    marker; each has what came before in ``partial``. ``"auto"`` tells the dialect by the first event that says
+    anything. ``choices`` is how many were asked for (``n``): each must have its end.
     """
-    kind = _dialect("openai" if dialect == "auto" else dialect)
-    return _parsed(events, kind(choices), _Answer())
+    if dialect == "auto":
+        return _parsed_as_told(iter(events), choices)
+    return _parsed(events, _dialect(dialect)(choices), _Answer())
+
+
+def _parsed_as_told(events: Iterator[ServerSentEvent], choices: int) -> Iterator[Chunk]:
+    for event in events:
+        kind = _told(event)
+        if kind is not None:
+            yield from _parsed(itertools.chain((event,), events), kind(choices), _Answer())
+            return
+    yield from _parsed((), _OpenAI(choices), _Answer())
+
+
+def _told(event: ServerSentEvent) -> type[Dialect] | None:
+    """The dialect of an event; openai for an error, or what is no JSON, and None for what says nothing in any"""
+    payload = _json(event.data)
+    if isinstance(payload, dict):
+        for kind in DIALECTS.values():
+            if kind.recognises(payload):
+                return kind
+    says = event.data.strip() == "[DONE]" or (payload is _NO_JSON and event.data.strip())
+    return _OpenAI if says or _reported_error(payload, event.event == "error") else None
 
 
 def _dialect(dialect: str | type[Dialect]) -> type[Dialect]:
@@ -2327,15 +3523,15 @@ class Provider(NamedTuple):
     """A row of PROVIDERS: where a provider is, and how it is spoken to"""
 
     base_url: str
-    #: the environment variable of the key
+    #: the environment variable of the key, "" where it takes none
     key_variable: str
     dialect: str
     #: where a key is had
-    key_page: str
+    key_page: str = ""
     #: how the names of its models begin; empty where it serves any
     models: tuple[str, ...] = ()
-    #: what ``check`` asks for: the model list, or an address that needs the key where the list does not
-    check_path: str = "/models"
+    #: what ``check`` asks for where the model list needs no key; else ""
+    check_path: str = ""
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -2349,12 +3545,33 @@ PROVIDERS: dict[str, Provider] = {
         "https://platform.openai.com/api-keys",
         ("gpt-", "chatgpt-", "o1", "o3", "o4"),
     ),
+    "openai-responses": Provider(
+        "https://api.openai.com/v1",
+        "OPENAI_API_KEY",
+        "openai-responses",
+        "https://platform.openai.com/api-keys",
+        ("gpt-", "chatgpt-", "o1", "o3", "o4"),
+    ),
     "deepseek": Provider(
         "https://api.deepseek.com",
         "DEEPSEEK_API_KEY",
         "openai",
         "https://platform.deepseek.com/api_keys",
         ("deepseek-",),
+    ),
+    "anthropic": Provider(
+        "https://api.anthropic.com",
+        "ANTHROPIC_API_KEY",
+        "anthropic",
+        "https://console.anthropic.com/settings/keys",
+        ("claude-",),
+    ),
+    "gemini": Provider(
+        "https://generativelanguage.googleapis.com",
+        "GEMINI_API_KEY",
+        "gemini",
+        "https://aistudio.google.com/apikey",
+        ("gemini-", "gemma-", "learnlm-", "models/"),
     ),
     "openrouter": Provider(
         "https://openrouter.ai/api/v1",
@@ -2370,6 +3587,7 @@ PROVIDERS: dict[str, Provider] = {
         "https://console.mistral.ai/api-keys",
         ("mistral-", "ministral-", "magistral-", "codestral-", "devstral-", "pixtral-", "open-mi"),
     ),
+    "ollama": Provider("http://localhost:11434", "", "ollama"),
 }
 
 #: headers in which a caller sends a key of their own, in place of api_key; gateways want theirs beside it
@@ -2385,7 +3603,8 @@ class _Target(NamedTuple):
     dialect: type[Dialect]
     #: the headers that carry the key
     key_headers: dict[str, str]
-    check_path: str = "/models"
+    #: where ``check`` asks
+    check_url: str
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -2399,9 +3618,18 @@ def _provider_of_origin(base_url: str) -> str | None:
 
 def _provider_of_environment(model: str | None) -> str:
     """The first provider whose key is set and that serves the model; else the first whose key is set"""
-    ready = [name for name, row in PROVIDERS.items() if not _is_placeholder(os.environ.get(row.key_variable))]
+    ready = [name for name, row in PROVIDERS.items() if not _is_placeholder(_key_of_environment(row))]
     serving = [name for name in ready if not PROVIDERS[name].models or (model or "").startswith(PROVIDERS[name].models)]
     return next(iter(serving or ready or PROVIDERS))
+
+
+def _key_of_environment(row: Provider) -> str | None:
+    return os.environ.get(row.key_variable) if row.key_variable else None
+
+
+def _key_variables() -> str:
+    """The variables that keys are looked for in, as a text"""
+    return ", ".join(dict.fromkeys(row.key_variable for row in PROVIDERS.values() if row.key_variable))
 
 
 def _is_placeholder(key: str | None) -> bool:
@@ -2410,7 +3638,7 @@ def _is_placeholder(key: str | None) -> bool:
 
 def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
     """A key as it may be sent, or an AuthenticationError that says where one belongs"""
-    where = f"set {row.key_variable} to a key from {row.key_page}, or pass" if row else "pass"
+    where = f"set {row.key_variable} to a key from {row.key_page}, or pass" if row and row.key_variable else "pass"
     advice = f"{where} api_key=...; api_key=False is for servers that take none"
     if not key:
         raise AuthenticationError(f"no API key in {source}: {advice}")
@@ -2420,12 +3648,6 @@ def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise AuthenticationError(f"{source} is no API key: it holds blanks, control characters or other than ASCII")
     return key
-
-
-def _endpoint(base_url: str, path: str) -> str:
-    """The path put after a base URL, before its query if it has one (Azure's api-version)"""
-    parts = urlsplit(base_url)
-    return urlunsplit(parts._replace(path=parts.path.rstrip("/") + path))
 
 
 def _checked_url(base_url: str) -> str:
@@ -2582,6 +3804,15 @@ _USAGE_WAIT = 5.0
 _DRAIN_TIME = 0.05
 
 
+class _Request(NamedTuple):
+    """What a call asks"""
+
+    url: str
+    body: dict[str, Any]
+    model: str
+    stream: bool
+
+
 class _Call:
     """One call: its request, its wire, what came of it. What the generators of a Stream refer to, and own"""
 
@@ -2589,7 +3820,7 @@ class _Call:
         self,
         via: requests.Session,
         target: _Target,
-        body: dict[str, Any],
+        request: _Request,
         options: _CallOptions,
         *,
         deadline: float | None = None,
@@ -2606,7 +3837,7 @@ class _Call:
         given_id = next((value for name, value in options.headers.items() if name.lower() == "x-request-id"), None)
         self.own_request_id = self.request_id = given_id or _new_request_id()
         self.wire = _Wire(options.timeout[1])
-        self.body = body
+        self.request = request
         self._via = via
         self._target = target
         self._options = options
@@ -2617,8 +3848,7 @@ class _Call:
         self._failures = 0
         self._answered_at = 0.0
         self._plain = False  # whether this call does without what the dialect asks for beside the caller's own
-        self._url = _endpoint(target.base_url, target.dialect.path)
-        self._where = _public_url(self._url)
+        self._where = _public_url(request.url)
         self._secrets = _secrets_of(via, target)
 
     # Sending
@@ -2655,31 +3885,31 @@ class _Call:
         """What the dialect asks for beside the caller's own, unless this server refused it before"""
         if self._plain or self._target.base_url in self._refusing:
             return {}
-        optional = self._target.dialect.optional(bool(self.body.get("stream")))
-        return {name: value for name, value in optional.items() if name not in self.body}
+        optional = self._target.dialect.optional(self.request.stream)
+        return {name: value for name, value in optional.items() if name not in self.request.body}
 
     def _sent(self) -> requests.Response:
         """The answer to one request, whatever it says"""
         if self.wire.ended:
             raise StreamInterrupted("ended before it was sent")
-        data = _json_body({**self.body, **self._optional()})
+        data = _json_body({**self.request.body, **self._optional()})
         self.attempts += 1
         _log.debug("request %s: POST %s, attempt %d", self.own_request_id, self._where, self.attempts)
         first = self._options.first_timeout
         self.wire.expect(first, f"no chunk came for the first_timeout of {first} seconds")
-        streamed = bool(self.body.get("stream"))
         headers: dict[str, Any] = {
-            "Accept": "text/event-stream" if streamed else "application/json",
+            "Accept": "text/event-stream" if self.request.stream else "application/json",
             "Cache-Control": "no-cache",
             "Content-Type": "application/json",
             "User-Agent": f"sheepsse/{__version__} {requests.utils.default_user_agent()}",
             "X-Request-ID": self.own_request_id,
+            **self._target.dialect.headers,
         }
         return _send(
             self._via,
             self.wire,
             "POST",
-            self._url,
+            self.request.url,
             self._options.timeout[0],
             data=data,
             headers={**headers, **self._options.headers},
@@ -2757,7 +3987,7 @@ class _Call:
 
     def _read(self, response: requests.Response) -> Iterator[Chunk]:
         """The chunks of one response"""
-        dialect = self._target.dialect(_count(self.body.get("n"), 1))
+        dialect = self._target.dialect(self._target.dialect.choices_asked(self.request.body))
         content_type = response.headers.get("Content-Type") or ""
         document = _is_document(content_type)
         blocks = _limited_blocks(response, self.wire)
@@ -2842,7 +4072,7 @@ class _Call:
 
     @property
     def model(self) -> str:
-        return self.answer.model or _text(self.body.get("model"))
+        return self.answer.model or self.request.model
 
 
 def _new_request_id() -> str:
@@ -3159,11 +4389,13 @@ class Client:
         if not model:
             raise InvalidRequestError("no model: pass model=..., as the provider names it")
         target = self._target(model, options.headers)
-        extra = params.pop("extra_body", None) or {}
+        params.update(params.pop("extra_body", None) or {})
+        url = target.dialect.url(target.base_url, model, stream)
+        body = target.dialect.body(_messages(messages), model, params, stream)
         return _Call(
             self._via(),
             target,
-            target.dialect.body(_messages(messages), model, {**params, **extra}, stream),
+            _Request(url, body, model, stream),
             options,
             deadline=deadline,
             resume=resume,
@@ -3189,19 +4421,22 @@ class Client:
         dialect = self._dialect or DIALECTS[row.dialect if row else "openai"]
         key = self._key(row, base_url, headers)
         key_headers = {**(dialect.key_headers(key) if key else {}), **_key_headers(headers)}
-        return _Target(base_url, dialect, _Hidden(key_headers), row.check_path if row else "/models")
+        check_url = dialect.endpoint(base_url, (row and row.check_path) or dialect.models_path)
+        return _Target(base_url, dialect, _Hidden(key_headers), check_url)
 
     def _key(self, row: Provider | None, base_url: str, headers: Mapping[str, str]) -> str | None:
         if self._api_key is False or any(name.lower() in _KEY_STAND_INS for name in headers):
             return None
         if isinstance(self._api_key, str):
             return _checked_key(self._api_key, "api_key", row)
+        if row is not None and not row.key_variable:
+            return None
         if row is None or _origin(base_url) != _origin(row.base_url):  # a key from the environment stays at home
             return _checked_key(None, f"the call to {_public_url(base_url)}", None)
         source = row.key_variable
-        if self.provider is None and self.base_url is None and _is_placeholder(os.environ.get(source)):
-            source = "the environment (" + ", ".join(row.key_variable for row in PROVIDERS.values()) + ")"
-        return _checked_key(os.environ.get(row.key_variable), source, row)
+        if self.provider is None and self.base_url is None and _is_placeholder(_key_of_environment(row)):
+            source = f"the environment ({_key_variables()})"
+        return _checked_key(_key_of_environment(row), source, row)
 
     def check(self, timeout: float = 10) -> Health:
         """Whether the provider can be reached and takes the key; sends one small request that costs nothing
@@ -3212,11 +4447,10 @@ class Client:
             target = self._target(self.model, self._options.headers)
         except AuthenticationError as error:
             return Health(False, "no_key", error=str(error))
-        url = _endpoint(target.base_url, target.check_path)
         secrets = _secrets_of(self._via(), target)
         started = time.monotonic()
         try:
-            body = self._asked(url, target, timeout)
+            body = self._asked(target, timeout)
         except SheepError as error:
             secrets.hide_error(error)
             unreachable = error.status is None and isinstance(error, (ConnectError, StreamTimeout, StreamInterrupted))
@@ -3224,11 +4458,11 @@ class Client:
             latency = None if unreachable else time.monotonic() - started
             return Health(False, "unreachable" if unreachable else status, latency, error=str(error))
         latency = time.monotonic() - started
-        names = (_text(_dict(row).get("id")) for row in _list(_dict(body).get("data")))
-        return Health(True, "ok", latency, tuple(name for name in names if name))
+        return Health(True, "ok", latency, tuple(_model_names(body)))
 
-    def _asked(self, url: str, target: _Target, timeout: float) -> Any:
+    def _asked(self, target: _Target, timeout: float) -> Any:
         """What a GET at the provider gives, as JSON"""
+        url = target.check_url
         failure: list[SheepError] = []
         wire = _Wire(timeout, deadline=timeout)
         response = _send(
@@ -3237,7 +4471,7 @@ class Client:
             "GET",
             url,
             timeout,
-            headers={"Accept": "application/json", **self._options.headers},
+            headers={"Accept": "application/json", **target.dialect.headers, **self._options.headers},
             auth=_KeyAuth(target.key_headers) if target.key_headers else None,
             allow_redirects=False,
         )
@@ -3276,6 +4510,15 @@ def _refuse_options(params: dict[str, Any]) -> None:
         value = params.pop(name, None)
         if value is not None and not (value is False and name == "fallback"):
             raise TypeError(f"{name}= {_REFUSED_OPTIONS[name]}; extra_body={{{name!r}: ...}} puts it into the request")
+
+
+def _model_names(answer: Any) -> Iterator[str]:
+    """The models in a list of them, in any vendor's shape"""
+    answer = _dict(answer)
+    names = [_dict(row).get("id") for row in _list(answer.get("data"))]
+    names += [_dict(row).get("name") for row in _list(answer.get("models"))]  # Gemini, Ollama
+    for name in filter(None, map(_text, names)):
+        yield name[len("models/") :] if name.startswith("models/") else name
 
 
 def _messages(messages: Any) -> list[Any]:
@@ -3415,7 +4658,7 @@ def _parser() -> Any:
         prog="sheepsse",
         description="Stream the answer of a language model to the terminal.",
         epilog="The key is read from the provider's variable: "
-        + ", ".join(row.key_variable for row in PROVIDERS.values())
+        + _key_variables()
         + ". Exit status: 0 whole, 1 failed, 2 wrong usage, 3 interrupted after partial text, 130 Ctrl-C.",
     )
     parser.add_argument("prompt", nargs="?", help="the prompt; from standard input where it is missing or -")
