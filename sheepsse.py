@@ -1335,7 +1335,8 @@ class _OpenAI(Dialect):
 
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
-        return {"model": model, "messages": list(map(cls._message, messages)), "stream": stream, **params}
+        sent = list(map(cls._message, _identified(messages)))
+        return {"model": model, "messages": sent, "stream": stream, **params}
 
     @classmethod
     def _message(cls, message: Any) -> Any:
@@ -1597,6 +1598,10 @@ def _is_system(message: Mapping[str, Any]) -> bool:
     return message.get("role") in ("system", "developer")
 
 
+def _is_result(message: Mapping[str, Any]) -> bool:
+    return message.get("role") == "tool"
+
+
 def _parts(content: Any) -> list[Any]:
     """A content as the list of its parts"""
     if isinstance(content, list):
@@ -1647,6 +1652,8 @@ def _calls_of(message: Mapping[str, Any]) -> list[ToolCall]:
     """The tool calls in a message of OpenAI's shape"""
     calls = []
     for index, call in enumerate(_list(message.get("tool_calls"))):
+        if not isinstance(call, Mapping):
+            raise InvalidRequestError(f"a tool call is a dict with an id and a function, got {type(call).__name__}")
         function = _function_of(call) or {}
         arguments = function.get("arguments")
         text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else _text(arguments)
@@ -1681,9 +1688,29 @@ class _OpenCalls:
         return ToolCall(id=id, name=name)
 
 
+def _identified(messages: Sequence[Any]) -> list[Any]:
+    """The same messages, but no tool call is without an id: Gemini gives none, and others cannot do without"""
+    calls = _OpenCalls()
+    identified = []
+    for position, message in enumerate(messages):
+        if isinstance(message, Mapping):
+            made = _calls_of(message)
+            if not all(call.id for call in made):
+                made = [call._replace(id=call.id or f"call_{position}_{call.index}") for call in made]
+                sent = [{**part, "id": call.id} for part, call in zip(message["tool_calls"], made)]
+                message = {**message, "tool_calls": sent}
+            calls.note(made)
+            if _is_result(message):
+                call = calls.answered(message)
+                message = message if message.get("tool_call_id") else {**message, "tool_call_id": call.id}
+        identified.append(message)
+    return identified
+
+
 def _moved(params: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Takes options out of ``params`` and gives them under the vendor's names; None counts as not given"""
-    return {other: params.pop(name) for name, other in names.items() if params.get(name) is not None}
+    given = {other: params.pop(name) for name, other in names.items() if name in params}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _same(names: str) -> dict[str, str]:
@@ -1751,12 +1778,9 @@ class _Anthropic(Dialect):
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
         params = dict(params)
-        given = _checked_messages(messages)
+        given = _identified(_checked_messages(messages))
         system = [params.pop("system", None), *(message.get("content") for message in given if _is_system(message))]
-        limit = {
-            **_moved(params, {"max_completion_tokens": "max_tokens"}),
-            **_moved(params, {"max_tokens": "max_tokens"}),
-        }
+        limit = _moved(params, {"max_completion_tokens": "max_tokens", "max_tokens": "max_tokens"})
         thinking = _count(_dict(params.get("thinking")).get("budget_tokens"))
         body = {
             "model": model,
@@ -1785,16 +1809,11 @@ class _Anthropic(Dialect):
     @classmethod
     def _turns(cls, messages: list[Mapping[str, Any]]) -> list[Any]:
         turns: list[Any] = []
-        results: list[Any] | None = None  # of the turn that they are gathered in: all belong into one
-        for message in messages:
-            if message.get("role") == "tool":
-                if results is None:
-                    results = []
-                    turns.append({"role": "user", "content": results})
-                results.append(cls._result(message))
+        for are_results, group in itertools.groupby(messages, _is_result):
+            if are_results:  # those of one answer's calls belong into one message
+                turns.append({"role": "user", "content": list(map(cls._result, group))})
             else:
-                results = None
-                turns.append(cls._turn(message))
+                turns.extend(map(cls._turn, group))
         return turns
 
     @classmethod
@@ -1910,10 +1929,8 @@ class _Anthropic(Dialect):
             yield named._replace(tool_calls=(ToolCall(self._calls[index], arguments=piece),))
 
     def _message_delta(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
-        usage = self._counted(payload.get("usage"))
-        yield self._finished(
-            _dict(payload.get("delta")).get("stop_reason"), named._replace(usage=usage), self._whole_blocks()
-        )
+        named = named._replace(usage=self._counted(payload.get("usage")))
+        yield self._finished(_dict(payload.get("delta")).get("stop_reason"), named, self._whole_blocks())
 
     def _message_stop(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         self.whole = self.done = True
@@ -1962,10 +1979,8 @@ class _Anthropic(Dialect):
         wire = self._usage
         if not wire:
             return None
-        cache_read, cache_write = (
-            _count(wire.get("cache_read_input_tokens")),
-            _count(wire.get("cache_creation_input_tokens")),
-        )
+        cache_read = _count(wire.get("cache_read_input_tokens"))
+        cache_write = _count(wire.get("cache_creation_input_tokens"))
         input_tokens = _count(wire.get("input_tokens")) + cache_read + cache_write
         output_tokens = _count(wire.get("output_tokens"))
         return Usage(
@@ -1987,7 +2002,9 @@ class _Gemini(Dialect):
     name = "gemini"
     roots = ("/v1beta", "/v1alpha", "/v1")
 
-    _REFUSALS = frozenset({"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY"})
+    _REFUSALS = frozenset({"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"})
+    #: Gemini 3 wants its signature at the first call of an answer; this says that the call is not its own
+    _FOREIGN = "skip_thought_signature_validator"
     _TOOL_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
     #: where OpenAI's options and Ollama's belong in generationConfig
     _CONFIG_NAMES: Mapping[str, str] = {
@@ -2057,21 +2074,14 @@ class _Gemini(Dialect):
     def _contents(cls, messages: list[Mapping[str, Any]]) -> list[Any]:
         contents: list[Any] = []
         calls = _OpenCalls()
-        results: list[Any] | None = None  # of the turn that they are gathered in: all belong into one
-        for message in messages:
-            if message.get("role") == "tool":
-                if results is None:
-                    results = []
-                    contents.append({"role": "user", "parts": results})
-                results.append(cls._result(message, calls.answered(message)))
+        for are_results, group in itertools.groupby(messages, _is_result):
+            if are_results:  # those of one answer's calls belong into one content
+                parts = [cls._result(message, calls.answered(message)) for message in group]
+                contents.append({"role": "user", "parts": parts})
                 continue
-            results = None
-            if "parts" in message:
-                calls.note(cls._calls_in(_list(message["parts"])))
-                contents.append(message)
-            else:
-                calls.note(_calls_of(message))
-                contents.append(cls._content(message))
+            for message in group:
+                calls.note(_calls_of(message) or cls._calls_in(_list(message.get("parts"))))
+                contents.append(message if "parts" in message else cls._content(message))
         return contents
 
     @classmethod
@@ -2079,18 +2089,16 @@ class _Gemini(Dialect):
         role = "model" if message.get("role") == "assistant" else message.get("role")
         parts = _kept(message, cls.name)
         if parts is None:
-            parts = [cls._part(part) for part in _parts(message.get("content"))]
-            parts += [
-                {
-                    "functionCall": {
-                        "name": call.name,
-                        "args": _arguments_of(call),
-                        **({"id": call.id} if call.id else {}),
-                    }
-                }
-                for call in _calls_of(message)
-            ]
+            calls = list(map(cls._call, _calls_of(message)))
+            if calls:
+                calls[0]["thoughtSignature"] = cls._FOREIGN
+            parts = [*map(cls._part, _parts(message.get("content"))), *calls]
         return {"role": role, "parts": parts}
+
+    @staticmethod
+    def _call(call: ToolCall) -> dict[str, Any]:
+        id = {"id": call.id} if call.id else {}
+        return {"functionCall": {**id, "name": call.name, "args": _arguments_of(call)}}
 
     @staticmethod
     def _calls_in(parts: list[Any]) -> Iterator[ToolCall]:
@@ -2190,7 +2198,9 @@ class _Gemini(Dialect):
     def _finish(self, reason: str, candidate: int) -> str:
         if reason == "STOP":
             return "tool_calls" if self._call_count.get(candidate) else "stop"
-        return "length" if reason == "MAX_TOKENS" else "refusal" if reason in self._REFUSALS else "other"
+        if reason == "MAX_TOKENS":
+            return "length"
+        return "refusal" if reason.replace("IMAGE_", "") in self._REFUSALS else "other"
 
     def _vendor(self, candidate: int) -> dict[str, Any] | None:
         """The parts as they came, but for texts that came in pieces; None where they are text alone"""
@@ -2257,7 +2267,7 @@ class _Responses(Dialect):
         limit = _moved(params, {"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"})
         body = {
             "model": model,
-            "input": [item for message in _checked_messages(messages) for item in cls._input(message)],
+            "input": [item for message in _identified(_checked_messages(messages)) for item in cls._input(message)],
             "stream": stream,
             **limit,
         }
@@ -2275,7 +2285,7 @@ class _Responses(Dialect):
         if "type" in message:  # one already
             return [message]
         content = message.get("content")
-        if message.get("role") == "tool":
+        if _is_result(message):
             output = content if isinstance(content, str) else list(map(cls._part, _parts(content)))
             return [{"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": output}]
         kept = _kept(message, cls.name)
@@ -2498,6 +2508,8 @@ class _Ollama(Dialect):
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
         params = dict(params)
         options = {**_moved(params, cls._OPTIONS), **_dict(params.pop("options", None))}
+        if "stop" in options:
+            options["stop"] = _as_list(options["stop"])
         calls = _OpenCalls()
         body = {
             "model": model,
@@ -2511,7 +2523,7 @@ class _Ollama(Dialect):
     @classmethod
     def _message(cls, message: Mapping[str, Any], calls: _OpenCalls) -> Any:
         role, content = message.get("role"), message.get("content")
-        if role == "tool" and "tool_name" not in message:
+        if _is_result(message) and "tool_name" not in message:
             return {"role": role, "content": _plain_text(content), "tool_name": calls.answered(message).name}
         made = _calls_of(message)
         calls.note(made)

@@ -1,6 +1,7 @@
 """Words as a model writes them, without a key: streams from a provider on this machine.
 
     $ python examples/demo.py
+    $ python examples/demo.py --dialect anthropic
 
 With a key, the client is made from the environment and the rest stays as it is:
 `sheepsse.stream("...", model="deepseek-chat")`.
@@ -13,7 +14,7 @@ import sys
 from typing import Sequence
 
 import sheepsse
-from local_provider import Answer, LocalProvider
+from local_provider import DIALECT_BASES, Answer, LocalProvider
 
 QUESTION = "What is it like to read an answer while it is being written?"
 ANSWER = (
@@ -26,10 +27,13 @@ ANSWER = (
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Stream an answer from a provider on this machine; no key is needed.")
     parser.add_argument("--pace", type=float, default=0.03, metavar="SECONDS", help="between two words (%(default)s)")
+    names = sorted(sheepsse.DIALECTS)
+    parser.add_argument("--dialect", choices=names, default="openai", help="what the provider speaks (%(default)s)")
     options = parser.parse_args(argv)
     with LocalProvider() as server:
         server.default = Answer(text=ANSWER, pace=options.pace)
-        with sheepsse.Client(base_url=server.base_url, api_key=False) as client:
+        base_url = server.origin + DIALECT_BASES[options.dialect]
+        with sheepsse.Client(base_url=base_url, dialect=options.dialect, api_key=False) as client:
             show(sheepsse.stream(QUESTION, model="local-model", client=client))
 
 

@@ -1,7 +1,7 @@
 """A model provider on this machine, for the demo, the tests and the benchmarks; the standard library is all it needs.
 
-It listens on 127.0.0.1, speaks the OpenAI chat dialect over real sockets, paces its words, and goes wrong at the byte
-or event that the caller names. In the same process::
+It listens on 127.0.0.1, speaks over real sockets what OpenAI (chat and Responses), Anthropic, Gemini and Ollama speak,
+paces its words, and goes wrong at the byte or event that the caller names. In the same process::
 
     from local_provider import Answer, LocalProvider
 
@@ -15,6 +15,9 @@ In a process of its own, each request says what is to go wrong::
     $ curl -N http://127.0.0.1:8000/v1/chat/completions -d '{"stream": true, "messages": []}' \\
         -H 'X-Local-Answer: {"cut_at": 700, "framing": "length"}'
 
+The path decides the dialect (`DIALECT_BASES` has the base of each). A request that the service itself would refuse gets
+its 400 here as well: one that lost a signature, left a tool's call without a result, or kept another dialect's names.
+
 The way of an answer, with what a body says on the left of `framed` and how it travels on the right::
 
     Answer --content_of--> Content --framed--> Framed --script--> bytes, pauses and faults --Connection--> socket
@@ -24,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import enum
 import http.client
@@ -46,7 +50,9 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Seque
 MODEL = "local-model"
 COMPLETION_ID = "chatcmpl-local"
 CREATED = 1700000000
+CREATED_AT = "2023-11-14T22:13:20Z"
 TEXT = "Tokens arrive one by one, so you can read along 🐑 chữ đến dần, từng từ một."
+THINKING = "A question, then. Trả lời ngắn gọn: one line 🐑 will do."
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 JSON = "application/json"
@@ -74,6 +80,8 @@ class Answer(NamedTuple):
     events: Iterable[bytes] | None = None
     #: What the model says, where there is neither `body` nor `events`.
     text: str = TEXT
+    #: What it thinks first, in a dialect where the request can ask to see it and does.
+    thinking: str = THINKING
     content_type: str | None = None
     #: chunked, one-chunk (the whole body in one chunk), length, close, gzip (chunked), gzip-length or gzip-close.
     framing: str = "chunked"
@@ -95,7 +103,8 @@ class Answer(NamedTuple):
     stall_at: int | None = None
     #: Fall silent after so many writes, until `LocalProvider.release()`.
     stall_after: int | None = None
-    #: While stalled, send a comment every so many seconds. It counts as body, so the framing must promise no length.
+    #: While stalled, send a comment every so many seconds, or an empty line where the body is JSON. It counts as body,
+    #: so the framing must promise no length.
     keepalive: float | None = None
     #: The Connection header: keep-alive or close.
     connection: str = "keep-alive"
@@ -125,6 +134,17 @@ class Content(NamedTuple):
     pieces: Iterable[bytes]
 
 
+class Call(NamedTuple):
+    """A model's call of a tool, before a dialect gives it a shape."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+class Refusal(ValueError):
+    """What a service says with a 400 to a request that it does not take."""
+
+
 def checked(answer: Answer) -> Answer:
     """The answer itself; ValueError if one of its words is unknown."""
     for field, allowed in (("framing", FRAMINGS), ("cut", CUTS), ("connection", CONNECTIONS)):
@@ -149,8 +169,29 @@ def overridden(answer: Answer, text: str | None) -> Answer:
 
 # ---------------------------------------------------------------------------
 # What is said in every dialect
-# From an Answer and a Request to a Content; errors are worded as OpenAI words them.
+# From an Answer and a Request to a Content, by way of ROUTES; where no dialect is asked, errors are worded as OpenAI's.
 # ---------------------------------------------------------------------------
+
+
+class Dialect(NamedTuple):
+    """What goes for every path of a dialect."""
+
+    #: What follows a server's origin in the base URL of a client.
+    base: str
+    #: The body of an error, from its status and its message; with no message, what the service usually says.
+    error: Callable[[int, str | None], bytes]
+    #: The answer to a request with this key, which is not the right one, or with none.
+    unauthorized: Callable[[str | None], Answer]
+
+
+class Route(NamedTuple):
+    """Who says what is said to this method and end of the path, and in which dialect."""
+
+    method: str
+    ending: str
+    content: Callable[[Answer, Request], Content]
+    dialect: Dialect
+
 
 #: Type, code and message of an error, by status, where the caller gives none.
 ERRORS: Mapping[int, tuple[str, str | None, str]] = {
@@ -206,11 +247,19 @@ def error_answer(
 
 def content_of(answer: Answer, request: Request) -> Content:
     """What this answer says to this request."""
-    content = _given(answer) or _by_path(answer, request)
+    route = route_of(request)
+    content = _given(answer, route.dialect) or _said(answer, request, route)
     return content._replace(content_type=answer.content_type or content.content_type)
 
 
-def _given(answer: Answer) -> Content | None:
+def route_of(request: Request) -> Route:
+    """The first route of this method and path, else one that knows no path."""
+    path = request.path.partition("?")[0]
+    fitting = (route for route in ROUTES if request.method == route.method and path.endswith(route.ending))
+    return next(fitting, Route(request.method, path, _unknown_path, OPENAI))
+
+
+def _given(answer: Answer, dialect: Dialect) -> Content | None:
     """What the answer spells out, byte by byte or as an error's status."""
     usual = JSON if answer.status >= 400 else EVENT_STREAM
     if answer.events is not None:
@@ -219,34 +268,77 @@ def _given(answer: Answer) -> Content | None:
         content_type = answer.content_type or (JSON if answer.body.lstrip()[:1] in (b"{", b"[") else usual)
         return Content(answer.status, content_type, _events_of(answer.body, content_type))
     if answer.status >= 400:
-        return Content(answer.status, JSON, [error_body(answer.status)])
+        return Content(answer.status, JSON, [dialect.error(answer.status, None)])
     return None
 
 
-def _by_path(answer: Answer, request: Request) -> Content:
-    path = request.path.partition("?")[0]
-    for method, ending, content in ROUTES:
-        if request.method == method and path.endswith(ending):
-            return _said(content, answer, request)
-    return _refused(404, f"Invalid URL ({request.method} {path})")
-
-
-def _said(content: Callable[[Answer, Request], Content], answer: Answer, request: Request) -> Content:
+def _said(answer: Answer, request: Request, route: Route) -> Content:
     try:
-        return content(answer, request)
+        return route.content(answer, request)
+    except Refusal as error:
+        return Content(400, JSON, [route.dialect.error(400, str(error))])
     except (ValueError, TypeError, LookupError, AttributeError):
         # No JSON, or not of the shape that the dialect takes.
-        return _refused(400)
+        return Content(400, JSON, [route.dialect.error(400, None)])
 
 
-def _refused(status: int, message: str | None = None) -> Content:
-    # Without a code: OpenAI gives one only where the model or the key is at fault.
-    return Content(status, JSON, [error_body(status, message, code="")])
+def _unknown_path(answer: Answer, request: Request) -> Content:
+    message = f"Invalid URL ({request.method} {request.path.partition('?')[0]})"
+    return Content(404, JSON, [OPENAI.error(404, message)])
+
+
+def require(fulfilled: Any, message: str) -> None:
+    """Refusal, with this message, of a request for which something does not hold."""
+    if not fulfilled:
+        raise Refusal(message)
+
+
+def split_words(text: str) -> list[str]:
+    """The text as a model's tokens would have it, each word with the space before it; joined, they are the text."""
+    return re.findall(r"\s*\S+|\s+", text)
+
+
+def fragments(text: str) -> list[str]:
+    """The text of a call's arguments in the pieces in which it is streamed."""
+    return [text[at : at + 5] for at in range(0, len(text), 5)]
+
+
+def signature(value: Any) -> str:
+    """What a service signs this value with: a client has to send it back with the value as it was."""
+    # A client may keep the fields of an object in another order.
+    checksum = zlib.crc32(json.dumps(value, sort_keys=True).encode())
+    return base64.b64encode(b"local signature %08x" % checksum).decode()
+
+
+def token_count(prompt: Any) -> int:
+    """A word counts as a token: enough to tell one request from another."""
+    return len(json.dumps(prompt).split())
+
+
+_SAMPLES = {"string": "Hà Nội", "integer": 3, "number": 0.5, "boolean": True, "array": [], "object": {}}
+
+
+def sample_call(tool: Mapping[str, Any], schema: str = "parameters") -> Call:
+    """A call of this tool in which each parameter has a value of its type; `schema` is where they are told."""
+    properties = (tool.get(schema) or {}).get("properties") or {}
+    return Call(tool["name"], {name: _sample(parameter) for name, parameter in properties.items()})
+
+
+def _sample(schema: Mapping[str, Any]) -> Any:
+    # Gemini's types may be in capitals.
+    return schema["enum"][0] if schema.get("enum") else _SAMPLES.get(str(schema.get("type")).lower())
+
+
+def _of_type(values: Any, *types: str) -> list[Any]:
+    """Those of these items or blocks that are of one of the types; none of a text's."""
+    return [] if isinstance(values, str) else [value for value in values if value.get("type") in types]
 
 
 def _events_of(body: bytes, content_type: str) -> list[bytes]:
-    """The body cut after each blank line, or after each line if it is NDJSON."""
-    ends = rb"\n" if content_type.startswith(NDJSON) else rb"(?:\r\n|\n|\r(?!\n)){2,}"
+    """The body cut after each blank line, after each line if it is NDJSON, or after each element of Gemini's array."""
+    array = content_type.startswith(JSON) and body.lstrip()[:1] == b"["
+    lines, elements, blanks = rb"\n", rb"\n(?=,\r\n)", rb"(?:\r\n|\n|\r(?!\n)){2,}"
+    ends = lines if content_type.startswith(NDJSON) else elements if array else blanks
     cuts = [0, *(match.end() for match in re.finditer(ends, body)), len(body)]
     return [body[start:end] for start, end in zip(cuts, cuts[1:])]
 
@@ -264,7 +356,7 @@ def _pairs(headers: Headers) -> list[tuple[str, str | None]]:
 
 # ---------------------------------------------------------------------------
 # The OpenAI chat dialect
-# Chunks, completions and the model list; a further dialect is one more such part and its rows in ROUTES.
+# Chunks, completions and the model list; each dialect is one such part and its rows in ROUTES.
 # ---------------------------------------------------------------------------
 
 
@@ -349,19 +441,15 @@ def chat_content(answer: Answer, request: Request) -> Content:
 
 
 def models_content(answer: Answer, request: Request) -> Content:
-    """What GET .../models says."""
+    """What GET .../models says; Gemini, which has the same path, is known by the header of its key."""
+    if "x-goog-api-key" in request.headers:
+        return gemini_models_content(answer, request)
     model = {"id": MODEL, "object": "model", "created": CREATED, "owned_by": "local"}
     return Content(answer.status, JSON, [dumps({"object": "list", "data": [model]})])
 
 
-def split_words(text: str) -> list[str | Mapping[str, Any]]:
-    """The text as a model's tokens would have it, each word with the space before it; joined, they are the text."""
-    return re.findall(r"\s*\S+|\s+", text)
-
-
 def _usage(asked: Mapping[str, Any], deltas: Sequence[Any]) -> Mapping[str, int]:
-    """A word counts as a token: enough to tell one request from another."""
-    prompt = len(json.dumps(asked.get("messages")).split())
+    prompt = token_count(asked.get("messages"))
     return {"prompt_tokens": prompt, "completion_tokens": len(deltas), "total_tokens": prompt + len(deltas)}
 
 
@@ -374,17 +462,9 @@ def _tool_wanted(asked: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return function
 
 
-_SAMPLES = {"string": "Hà Nội", "integer": 3, "number": 0.5, "boolean": True, "array": [], "object": {}}
-
-
 def _whole_call(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A call of the tool in which each parameter has a value of its type."""
-    parameters = (tool.get("parameters") or {}).get("properties") or {}
-    arguments = {
-        name: schema["enum"][0] if schema.get("enum") else _SAMPLES.get(schema.get("type"))
-        for name, schema in parameters.items()
-    }
-    function = {"name": tool.get("name"), "arguments": json.dumps(arguments, ensure_ascii=False)}
+    call = sample_call(tool)
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
     return {"id": "call_local", "type": "function", "function": function}
 
 
@@ -393,14 +473,825 @@ def _call_deltas(tool: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
     call = _whole_call(tool)
     arguments = call["function"]["arguments"]
     first = {**call, "function": {**call["function"], "arguments": ""}}
-    fragments = [{"function": {"arguments": arguments[at : at + 5]}} for at in range(0, len(arguments), 5)]
-    return [{"tool_calls": [{"index": 0, **part}]} for part in [first, *fragments]]
+    rest = [{"function": {"arguments": fragment}} for fragment in fragments(arguments)]
+    return [{"tool_calls": [{"index": 0, **part}]} for part in [first, *rest]]
 
 
-#: Method, end of the path, and who says what is said there.
-ROUTES: list[tuple[str, str, Callable[[Answer, Request], Content]]] = [
-    ("POST", "/chat/completions", chat_content),
-    ("GET", "/models", models_content),
+def _openai_error(status: int, message: str | None) -> bytes:
+    # No code with a message: OpenAI gives one only where the model or the key is at fault.
+    return error_body(status, message, code=None if message is None else "")
+
+
+def _openai_unauthorized(key: str | None) -> Answer:
+    where = "You can find your API key at https://platform.openai.com/account/api-keys."
+    if key is None:
+        return error_answer(401, f"You didn't provide an API key. {where}", code="")
+    # OpenAI masks the key that it repeats; not every service does.
+    return error_answer(401, f"Incorrect API key provided: {key}. {where}")
+
+
+OPENAI = Dialect("/v1", _openai_error, _openai_unauthorized)
+
+
+# ---------------------------------------------------------------------------
+# The OpenAI Responses dialect
+# A response is made whole; its stream is made from it. Errors are those of OpenAI chat.
+# ---------------------------------------------------------------------------
+
+#: The ids of a call and of the same call after reasoning, without which it is not to come back.
+CALL_ID, REASONED_CALL_ID = "call_local", "call_local_reasoned"
+
+_MOVED = {"messages": "input", "max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"}
+
+
+def message_item(text: str) -> dict[str, Any]:
+    part = {"type": "output_text", "annotations": [], "logprobs": [], "text": text}
+    return {"id": "msg_local", "type": "message", "status": "completed", "content": [part], "role": "assistant"}
+
+
+def reasoning_item(text: str) -> dict[str, Any]:
+    """Reasoning with its summary, and what OpenAI wants back in place of the reasoning itself."""
+    summary = [{"type": "summary_text", "text": text}]
+    return {"id": "rs_local", "type": "reasoning", "summary": summary, "encrypted_content": signature(summary)}
+
+
+def call_item(call: Call, call_id: str = CALL_ID) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    item = {"id": "fc_local", "type": "function_call", "status": "completed", "arguments": arguments}
+    return {**item, "call_id": call_id, "name": call.name}
+
+
+def response_object(
+    *items: Mapping[str, Any],
+    model: str = MODEL,
+    id: str = "resp_local",
+    status: str = "completed",
+    input_tokens: int = 0,
+    **fields: Any,
+) -> dict[str, Any]:
+    """A response with these output items; `fields` are further ones of its own, or others in place of the usual."""
+    head = {"id": id, "object": "response", "created_at": CREATED, "status": status, "model": model}
+    options = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}}
+    usual = {**options, "error": None, "incomplete_details": None, "usage": _response_usage(input_tokens, items)}
+    return {**head, "output": list(items), **usual, **fields}
+
+
+def _response_usage(prompt: int, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    reasoning, output = (sum(map(_item_tokens, some)) for some in (_of_type(items, "reasoning"), items))
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": output,
+        "output_tokens_details": {"reasoning_tokens": reasoning},
+        "total_tokens": prompt + output,
+    }
+
+
+def response_events(response: Mapping[str, Any]) -> list[bytes]:
+    """The response as a stream, its last event named by its status."""
+    begun = {**response, "status": "in_progress", "output": [], "usage": None}
+    payloads = [_status_payload("created", begun), _status_payload("in_progress", begun)]
+    for index, item in enumerate(response["output"]):
+        payloads += [{**payload, "output_index": index} for payload in _item_payloads(item)]
+    payloads.append(_status_payload(response["status"], response))
+    return [data_event({**payload, "sequence_number": at}, payload["type"]) for at, payload in enumerate(payloads)]
+
+
+def responses_content(answer: Answer, request: Request) -> Content:
+    """What POST .../responses says: the answer's text, or a call of the first tool; reasoning first, if asked for."""
+    asked = request.json
+    _check_responses(asked)
+    tool, reasoned = _response_tool(asked), bool(asked.get("reasoning"))
+    items = [reasoning_item(answer.thinking)] if reasoned else []
+    call_id = REASONED_CALL_ID if reasoned else CALL_ID
+    items.append(call_item(sample_call(tool), call_id) if tool else message_item(answer.text))
+    response = response_object(*items, model=asked.get("model", MODEL), input_tokens=token_count(asked["input"]))
+    if asked.get("stream") is True:
+        return Content(answer.status, EVENT_STREAM, response_events(response))
+    return Content(answer.status, JSON, [dumps(response)])
+
+
+def _status_payload(name: str, response: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": f"response.{name}", "response": response}
+
+
+def _item_payloads(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is said of one output item, from its start to its end."""
+    inside = _INSIDE[item["type"]](item) if item["type"] in _INSIDE else []
+    return [
+        {"type": "response.output_item.added", "item": _begun(item)},
+        *({**payload, "item_id": item["id"]} for payload in inside),
+        {"type": "response.output_item.done", "item": item},
+    ]
+
+
+def _begun(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The item as it is added, with nothing in it yet."""
+    empty: Mapping[str, Any] = {"status": "in_progress", "content": [], "summary": [], "arguments": ""}
+    begun = {name: empty.get(name, value) for name, value in item.items()}
+    if "encrypted_content" in item:
+        # Only the item that is done has all of it.
+        begun["encrypted_content"] = item["encrypted_content"][:8]
+    return begun
+
+
+def _parts_payloads(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    payloads: list[dict[str, Any]] = []
+    for index, part in enumerate(item["content"]):
+        said = _text_payloads("response.content_part", "response.output_text", part, {"logprobs": []})
+        payloads += [{**payload, "content_index": index} for payload in said]
+    return payloads
+
+
+def _summary_payloads(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    payloads: list[dict[str, Any]] = []
+    for index, part in enumerate(item["summary"]):
+        said = _text_payloads("response.reasoning_summary_part", "response.reasoning_summary_text", part, {})
+        payloads += [{**payload, "summary_index": index} for payload in said]
+    return payloads
+
+
+def _text_payloads(
+    part_name: str, text_name: str, part: Mapping[str, Any], extra: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    text = part["text"]
+    return [
+        {"type": f"{part_name}.added", "part": {**part, "text": ""}},
+        *({"type": f"{text_name}.delta", "delta": word, **extra} for word in split_words(text)),
+        {"type": f"{text_name}.done", "text": text, **extra},
+        {"type": f"{part_name}.done", "part": part},
+    ]
+
+
+def _arguments_payloads(item: Mapping[str, Any]) -> list[dict[str, Any]]:
+    name, arguments = "response.function_call_arguments", item["arguments"]
+    deltas = [{"type": f"{name}.delta", "delta": fragment} for fragment in fragments(arguments)]
+    return [*deltas, {"type": f"{name}.done", "arguments": arguments}]
+
+
+_INSIDE: Mapping[str, Callable[[Mapping[str, Any]], list[dict[str, Any]]]] = {
+    "message": _parts_payloads,
+    "reasoning": _summary_payloads,
+    "function_call": _arguments_payloads,
+}
+
+
+def _item_tokens(item: Mapping[str, Any]) -> int:
+    return sum("delta" in payload for payload in _item_payloads(item))
+
+
+def _response_tool(asked: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first tool that is a function, if it may be called and it was the user who spoke last."""
+    tools: list[Mapping[str, Any]] = _of_type(asked.get("tools") or [], "function")
+    last = {"role": "user"} if isinstance(asked["input"], str) else asked["input"][-1]
+    return tools[0] if tools and asked.get("tool_choice") != "none" and last.get("role") == "user" else None
+
+
+def _check_responses(asked: Mapping[str, Any]) -> None:
+    for name, place in _MOVED.items():
+        moved = f"In the Responses API, this parameter has moved to '{place}'."
+        require(name not in asked, f"Unsupported parameter: '{name}'. {moved}")
+    require("input" in asked, "Missing required parameter: 'input'.")
+    usage_wanted = "include_usage" in (asked.get("stream_options") or {})
+    require(not usage_wanted, "Unknown parameter: 'stream_options.include_usage'.")
+    for index, tool in enumerate(_of_type(asked.get("tools") or [], "function")):
+        require("name" in tool, f"Missing required parameter: 'tools[{index}].name'.")
+    items = [] if isinstance(asked["input"], str) else asked["input"]
+    for index, item in enumerate(items):
+        _check_message_item(f"input[{index}]", item)
+    if not asked.get("previous_response_id"):
+        _check_calls(items)
+    _check_reasoning(items)
+
+
+def _check_message_item(where: str, item: Mapping[str, Any]) -> None:
+    if item.get("type", "message") != "message":
+        return
+    roles = ("assistant", "system", "developer", "user")
+    require(item.get("role") in roles, f"Invalid value: '{item.get('role')}'. Supported values are: {roles}.")
+    for name in ("tool_calls", "tool_call_id", "vendor"):
+        require(name not in item, f"Unknown parameter: '{where}.{name}'.")
+    content = item.get("content")
+    if not isinstance(content, (str, list)):
+        raise Refusal(f"Invalid type for '{where}.content'.")
+    ours = ("output_text", "refusal") if item["role"] == "assistant" else ("input_text", "input_image", "input_file")
+    allowed = isinstance(content, str) or len(_of_type(content, *ours)) == len(content)
+    require(allowed, f"Invalid value in '{where}.content'. Supported values are: {ours}.")
+
+
+def _check_calls(items: Sequence[Mapping[str, Any]]) -> None:
+    called = {item["call_id"] for item in _of_type(items, "function_call")}
+    answered = {item["call_id"] for item in _of_type(items, "function_call_output")}
+    require("" not in called | answered, "Invalid 'call_id': empty string. Expected a string with minimum length 1.")
+    for call_id in answered - called:
+        raise Refusal(f"No tool call found for function call output with call_id {call_id}.")
+    for call_id in called - answered:
+        raise Refusal(f"No tool output found for function call {call_id}.")
+
+
+def _check_reasoning(items: Sequence[Mapping[str, Any]]) -> None:
+    for before, item in zip([{}, *items], items):
+        reasoned = item.get("type") == "function_call" and item["call_id"] == REASONED_CALL_ID
+        missing = "was provided without its required 'reasoning' item: 'rs_local'."
+        whole = not reasoned or before.get("type") == "reasoning"
+        require(whole, f"Item '{item.get('id')}' of type 'function_call' {missing}")
+    for item in _of_type(items, "reasoning"):
+        whole = item.get("encrypted_content") == signature(item["summary"])
+        require(whole, f"The encrypted content for item {item.get('id')} could not be verified.")
+
+
+# ---------------------------------------------------------------------------
+# The Anthropic dialect
+# A message is made whole; its stream is made from it.
+# ---------------------------------------------------------------------------
+
+_ANTHROPIC_ERRORS: Mapping[int, tuple[str, str]] = {
+    400: ("invalid_request_error", "The request body is not valid JSON"),
+    401: ("authentication_error", "invalid x-api-key"),
+    402: ("billing_error", "Your credit balance is too low to access the API"),
+    403: ("permission_error", "Your API key does not have permission to use the resource"),
+    404: ("not_found_error", f"model: {MODEL}"),
+    413: ("request_too_large", "Request exceeds the maximum size"),
+    429: ("rate_limit_error", "This request would exceed the rate limit of your organization"),
+    500: ("api_error", "Internal server error"),
+    504: ("timeout_error", "Request timed out"),
+    529: ("overloaded_error", "Overloaded"),
+}
+
+
+def anthropic_error(status: int, message: str | None = None) -> bytes:
+    """An error as Anthropic words it."""
+    other = ("invalid_request_error" if status < 500 else "api_error", _phrase(status))
+    type, usual = _ANTHROPIC_ERRORS.get(status, other)
+    error = {"type": type, "message": usual if message is None else message}
+    return dumps({"type": "error", "error": error, "request_id": "req_local"})
+
+
+def _anthropic_unauthorized(key: str | None) -> Answer:
+    body = anthropic_error(401, "x-api-key header is required" if key is None else None)
+    return Answer(status=401, body=body, framing="length")
+
+
+ANTHROPIC = Dialect("", anthropic_error, _anthropic_unauthorized)
+
+
+def text_block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def thinking_block(text: str) -> dict[str, Any]:
+    return {"type": "thinking", "thinking": text, "signature": signature(text)}
+
+
+def tool_use_block(call: Call, id: str = "toolu_local") -> dict[str, Any]:
+    return {"type": "tool_use", "id": id, "name": call.name, "input": call.arguments}
+
+
+def anthropic_message(
+    *blocks: Mapping[str, Any],
+    model: str = MODEL,
+    id: str = "msg_local",
+    stop_reason: str | None = None,
+    input_tokens: int = 0,
+    usage: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A message with these blocks; its stop reason, if not given, is theirs. `usage` adds to it or replaces some."""
+    counts = {
+        "input_tokens": input_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 0,
+        "output_tokens": sum(map(_block_tokens, blocks)),
+        "output_tokens_details": {"thinking_tokens": sum(map(_block_tokens, _of_type(blocks, "thinking")))},
+    }
+    stop = stop_reason or ("tool_use" if _of_type(blocks, "tool_use") else "end_turn")
+    message = {"id": id, "type": "message", "role": "assistant", "model": model, "content": list(blocks)}
+    return {**message, "stop_reason": stop, "stop_sequence": None, "usage": {**counts, **(usage or {})}}
+
+
+def anthropic_events(message: Mapping[str, Any]) -> list[bytes]:
+    """The message as a stream: its start, a ping, each block, how it ends, and its stop."""
+    usage = {name: count for name, count in message["usage"].items() if name != "output_tokens_details"}
+    begun = {**message, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
+    payloads: list[dict[str, Any]] = [{"type": "message_start", "message": begun}]
+    for index, block in enumerate(message["content"]):
+        payloads += _block_payloads(index, block)
+    # Nothing says where a ping comes; Anthropic's first follows the start of the first block.
+    payloads.insert(2, {"type": "ping"})
+    stop = {name: message[name] for name in ("stop_reason", "stop_sequence")}
+    payloads += [{"type": "message_delta", "delta": stop, "usage": message["usage"]}, {"type": "message_stop"}]
+    return [data_event(payload, payload["type"]) for payload in payloads]
+
+
+def anthropic_content(answer: Answer, request: Request) -> Content:
+    """What POST .../v1/messages says: the answer's text, or a call of the first tool; thinking first, if asked for."""
+    require(request.headers.get("anthropic-version"), "anthropic-version: header is required")
+    asked = request.json
+    _check_anthropic(asked)
+    tool = _anthropic_tool(asked)
+    blocks = [thinking_block(answer.thinking)] if _thinks(asked, "enabled", "adaptive") else []
+    said = [text_block(answer.text)] if answer.text else []
+    blocks += [tool_use_block(sample_call(tool, "input_schema"))] if tool else said
+    prompt = token_count([asked.get("system"), asked["messages"]])
+    message = anthropic_message(*blocks, model=asked["model"], input_tokens=prompt)
+    if asked.get("stream") is True:
+        return Content(answer.status, EVENT_STREAM, anthropic_events(message))
+    return Content(answer.status, JSON, [dumps(message)])
+
+
+def _block_payloads(index: int, block: Mapping[str, Any]) -> list[dict[str, Any]]:
+    empty: Mapping[str, Any] = {
+        "text": {"text": ""},
+        "thinking": {"thinking": "", "signature": ""},
+        "tool_use": {"input": {}},
+    }
+    begun = {**block, **empty.get(block["type"], {})}
+    return [
+        {"type": "content_block_start", "index": index, "content_block": begun},
+        *({"type": "content_block_delta", "index": index, "delta": delta} for delta in _deltas(block)),
+        {"type": "content_block_stop", "index": index},
+    ]
+
+
+def _deltas(block: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is streamed of a block; nothing of one that is whole at its start."""
+    if block["type"] == "text":
+        return [{"type": "text_delta", "text": word} for word in split_words(block["text"])]
+    if block["type"] == "thinking":
+        words = [{"type": "thinking_delta", "thinking": word} for word in split_words(block["thinking"])]
+        return [*words, {"type": "signature_delta", "signature": block["signature"]}]
+    if block["type"] == "tool_use":
+        # The first fragment is empty, and with no arguments it is the only one.
+        arguments = json.dumps(block["input"], ensure_ascii=False) if block["input"] else ""
+        return [{"type": "input_json_delta", "partial_json": part} for part in ["", *fragments(arguments)]]
+    return []
+
+
+def _block_tokens(block: Mapping[str, Any]) -> int:
+    return sum(delta["type"] != "signature_delta" for delta in _deltas(block))
+
+
+def _blocks(message: Mapping[str, Any], *types: str) -> list[Any]:
+    return _of_type(message.get("content", ""), *types)
+
+
+def _thinks(asked: Mapping[str, Any], *types: str) -> bool:
+    return (asked.get("thinking") or {}).get("type") in types
+
+
+def _anthropic_tool(asked: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first tool of the client's own, if it may be called and the user spoke last, not only tools."""
+    tools = [tool for tool in asked.get("tools") or [] if "input_schema" in tool]
+    last, choice = asked["messages"][-1], asked.get("tool_choice") or {"type": "auto"}
+    spoke = last["role"] == "user" and len(_blocks(last, "tool_result")) < len(last["content"])
+    return tools[0] if tools and choice["type"] != "none" and spoke else None
+
+
+def _check_anthropic(asked: Mapping[str, Any]) -> None:
+    for name in ("model", "messages", "max_tokens"):
+        require(name in asked, f"{name}: Field required")
+    for name in ("stop", "max_completion_tokens", "stream_options"):
+        require(name not in asked, f"{name}: Extra inputs are not permitted")
+    for index, tool in enumerate(asked.get("tools") or []):
+        require("name" in tool, f"tools.{index}.custom.name: Field required")
+    budget = (asked.get("thinking") or {}).get("budget_tokens") or 0
+    require(asked["max_tokens"] > budget, "`max_tokens` must be greater than `thinking.budget_tokens`.")
+    messages = asked["messages"]
+    require(messages, "messages: at least one message is required")
+    for index, message in enumerate(messages):
+        _check_anthropic_message(f"messages.{index}", message)
+    for before, message in zip([{}, *messages], messages):
+        _check_tool_results(before, message)
+    _check_thinking(asked)
+
+
+def _check_anthropic_message(where: str, message: Mapping[str, Any]) -> None:
+    system = 'The Messages API accepts a top-level `system` parameter, not "system" as an input message role.'
+    require(message["role"] != "system", f'messages: Unexpected role "system". {system}')
+    require(message["role"] in ("user", "assistant"), f"{where}.role: Input should be 'user' or 'assistant'")
+    extra = sorted(set(message) - {"role", "content"})
+    require(not extra, f"{where}.{', '.join(extra)}: Extra inputs are not permitted")
+    require(isinstance(message["content"], (str, list)), f"{where}.content: Input should be a valid list")
+    require(message["content"], f"{where}: all messages must have non-empty content")
+    for block in _blocks(message, "image_url", "input_text", "input_image", "output_text", "refusal"):
+        raise Refusal(f"{where}.content: Input tag '{block['type']}' does not match any of the expected tags")
+    for block in _blocks(message, "text"):
+        require(block["text"], "messages: text content blocks must be non-empty")
+    for block in _blocks(message, "tool_use"):
+        usable = re.fullmatch("[a-zA-Z0-9_-]+", block["id"])
+        require(usable, f"{where}.tool_use.id: String should match pattern '^[a-zA-Z0-9_-]+$'")
+        require(isinstance(block["input"], dict), f"{where}.tool_use.input: Input should be a valid dictionary")
+
+
+def _check_tool_results(before: Mapping[str, Any], message: Mapping[str, Any]) -> None:
+    used = {block["id"] for block in _blocks(before, "tool_use")}
+    answered = {block["tool_use_id"] for block in _blocks(message, "tool_result")}
+    missing, unexpected = ", ".join(sorted(used - answered)), ", ".join(sorted(answered - used))
+    require(not missing, f"`tool_use` ids were found without `tool_result` blocks immediately after: {missing}.")
+    require(not unexpected, f"unexpected `tool_use_id` found in `tool_result` blocks: {unexpected}.")
+
+
+def _check_thinking(asked: Mapping[str, Any]) -> None:
+    """What was thought before a tool was used is to come back with its result, and all thinking as it was."""
+    messages = asked["messages"]
+    for message in messages:
+        for block in _blocks(message, "thinking"):
+            require(block.get("signature") == signature(block["thinking"]), "Invalid `signature` in `thinking` block")
+    if _thinks(asked, "enabled") and len(messages) > 1 and _blocks(messages[-1], "tool_result"):
+        first = messages[-2]["content"][0]["type"]
+        message = f"Expected `thinking` or `redacted_thinking`, but found `{first}`."
+        require(first in ("thinking", "redacted_thinking"), message)
+
+
+# ---------------------------------------------------------------------------
+# The Gemini dialect
+# A response is made whole; the chunks of a stream are made from it, as events or as the elements of one array.
+# ---------------------------------------------------------------------------
+
+_GEMINI_ERRORS: Mapping[int, tuple[str, str]] = {
+    400: ("INVALID_ARGUMENT", "Invalid JSON payload received."),
+    401: ("UNAUTHENTICATED", "Request had invalid authentication credentials."),
+    403: ("PERMISSION_DENIED", "The caller does not have permission"),
+    404: ("NOT_FOUND", f"models/{MODEL} is not found for API version v1beta"),
+    429: ("RESOURCE_EXHAUSTED", "You exceeded your current quota, please check your plan and billing details."),
+    500: ("INTERNAL", "An internal error has occurred."),
+    503: ("UNAVAILABLE", "The model is overloaded. Please try again later."),
+    504: ("DEADLINE_EXCEEDED", "The request timed out. Please try again."),
+}
+
+#: What Gemini knows in a request, by place. It takes snake_case for each of these as well.
+_GEMINI_NAMES: Mapping[str, frozenset[str]] = {
+    place: frozenset(names.split())
+    for place, names in {
+        "": """contents systemInstruction generationConfig tools toolConfig safetySettings cachedContent labels
+            serviceTier store""",
+        "generation_config": """candidateCount maxOutputTokens temperature topP topK seed stopSequences responseMimeType
+            responseSchema responseJsonSchema presencePenalty frequencyPenalty responseLogprobs logprobs thinkingConfig
+            responseModalities speechConfig mediaResolution imageConfig enableEnhancedCivicAnswers""",
+        "contents": "role parts",
+        "contents.parts": """text inlineData fileData functionCall functionResponse executableCode codeExecutionResult
+            toolCall toolResponse thought thoughtSignature videoMetadata mediaResolution partMetadata""",
+        "contents.parts.function_call": "id name args",
+        "contents.parts.function_response": "id name response parts willContinue scheduling",
+        "tools": """functionDeclarations googleSearch googleSearchRetrieval codeExecution urlContext computerUse
+            fileSearch googleMaps mcpServers""",
+        "tools.function_declarations": """name description parameters parametersJsonSchema response responseJsonSchema
+            behavior""",
+    }.items()
+}
+
+#: Gemini's own ways to say that a call comes from elsewhere, where nothing signed it.
+_UNSIGNED = ("skip_thought_signature_validator", "context_engineering_is_the_way_to_go")
+
+
+def gemini_error(status: int, message: str | None = None, details: Sequence[Mapping[str, Any]] = ()) -> bytes:
+    """An error as Gemini words it."""
+    name, usual = _GEMINI_ERRORS.get(status, ("UNKNOWN", _phrase(status)))
+    error = {"code": status, "message": usual if message is None else message, "status": name}
+    return _pretty({"error": {**error, "details": list(details)} if details else error})
+
+
+def _gemini_unauthorized(key: str | None) -> Answer:
+    if key is None:
+        message = (
+            "Method doesn't allow unregistered callers. Please use API Key or other form of API consumer identity."
+        )
+        return Answer(status=403, body=gemini_error(403, message), framing="length")
+    details = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
+    body = gemini_error(400, "API key not valid. Please pass a valid API key.", [details])
+    return Answer(status=400, body=body, framing="length")
+
+
+GEMINI = Dialect("", gemini_error, _gemini_unauthorized)
+
+
+def call_part(call: Call) -> dict[str, Any]:
+    """A call, signed and without an id, as Gemini makes it."""
+    said = {"name": call.name, "args": call.arguments}
+    return {"functionCall": said, "thoughtSignature": signature(said)}
+
+
+def gemini_response(
+    *parts: Mapping[str, Any],
+    model: str = MODEL,
+    id: str = "local",
+    finish_reason: str = "STOP",
+    prompt_tokens: int = 0,
+) -> dict[str, Any]:
+    """A response with one candidate, which has these parts."""
+    pieces = _pieces(parts)
+    thoughts = sum(map(_is_thought, pieces))
+    content = {"parts": list(parts), "role": "model"}
+    candidate = {"content": content, "finishReason": finish_reason, "index": 0}
+    usage = _gemini_usage(prompt_tokens, len(pieces) - thoughts, thoughts)
+    return {"candidates": [candidate], "usageMetadata": usage, "modelVersion": model, "responseId": id}
+
+
+def gemini_chunks(response: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The response word by word, each chunk with the usage up to there and the last with the reason to finish."""
+    [candidate] = response["candidates"]
+    pieces = _pieces(candidate["content"]["parts"]) or [{"text": ""}]
+    prompt, chunks = response["usageMetadata"]["promptTokenCount"], []
+    for count, thoughts in enumerate(itertools.accumulate(map(_is_thought, pieces)), 1):
+        said = {"content": {"parts": [pieces[count - 1]], "role": "model"}, "index": 0}
+        usage = _gemini_usage(prompt, count - thoughts, thoughts)
+        chunks.append({**response, "candidates": [said], "usageMetadata": usage})
+    # The last one says of the candidate all that the response does.
+    chunks[-1]["candidates"] = [{**candidate, **said}]
+    return chunks
+
+
+def gemini_events(chunks: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    """The chunks as an event stream, with the line ends that Gemini has."""
+    return [b"data: %s\r\n\r\n" % json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks]
+
+
+def gemini_array(chunks: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    """The chunks as the elements of one array, each a piece."""
+    heads = itertools.chain([b"["], itertools.repeat(b",\r\n"))
+    return [*(head + _pretty(chunk) + b"\n" for head, chunk in zip(heads, chunks)), b"]"]
+
+
+def gemini_content(answer: Answer, request: Request) -> Content:
+    """What POST .../models/{model}:generateContent says: the answer's text, or a call of the first tool."""
+    return Content(answer.status, JSON, [_pretty(_gemini_said(answer, request))])
+
+
+def gemini_stream_content(answer: Answer, request: Request) -> Content:
+    """What POST .../models/{model}:streamGenerateContent says, as `alt` wants it."""
+    chunks = gemini_chunks(_gemini_said(answer, request))
+    if "alt=sse" in request.path.partition("?")[2].split("&"):
+        return Content(answer.status, EVENT_STREAM, gemini_events(chunks))
+    return Content(answer.status, JSON, gemini_array(chunks))
+
+
+def gemini_models_content(answer: Answer, request: Request) -> Content:
+    """What GET .../v1beta/models says."""
+    model = {"name": f"models/{MODEL}", "displayName": MODEL, "supportedGenerationMethods": ["generateContent"]}
+    return Content(answer.status, JSON, [_pretty({"models": [model]})])
+
+
+def _gemini_said(answer: Answer, request: Request) -> dict[str, Any]:
+    asked = _camel_case(request.json)
+    _check_gemini(request.json)
+    config = _camel_case(_camel_case(asked.get("generationConfig")).get("thinkingConfig"))
+    tool, signed = _gemini_tool(asked), {"thoughtSignature": signature(answer.text)}
+    parts: list[dict[str, Any]] = [{"text": answer.thinking, "thought": True}] if config.get("includeThoughts") else []
+    if tool:
+        schema = "parametersJsonSchema" if "parametersJsonSchema" in tool else "parameters"
+        parts.append(call_part(sample_call(tool, schema)))
+    else:
+        parts.append({"text": answer.text, **(signed if parts else {})})
+    model = request.path.partition("?")[0].rpartition("/")[2].partition(":")[0]
+    return gemini_response(*parts, model=model, prompt_tokens=token_count(asked["contents"]))
+
+
+def _pieces(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [piece for part in parts for piece in _part_pieces(part)]
+
+
+def _part_pieces(part: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The part in words, if it is text; a signature goes with the first."""
+    if "text" not in part:
+        return [dict(part)]
+    first, *rest = split_words(part["text"]) or [""]
+    thought = {"thought": True} if _is_thought(part) else {}
+    return [{**part, "text": first}, *({"text": word, **thought} for word in rest)]
+
+
+def _is_thought(part: Mapping[str, Any]) -> bool:
+    return part.get("thought") is True
+
+
+def _gemini_usage(prompt: int, said: int, thoughts: int) -> dict[str, Any]:
+    """What was used so far; a count of nothing is left out."""
+    counts = {"promptTokenCount": prompt, "candidatesTokenCount": said, "totalTokenCount": prompt + said + thoughts}
+    details = {"promptTokensDetails": [{"modality": "TEXT", "tokenCount": prompt}], "thoughtsTokenCount": thoughts}
+    always = ("promptTokenCount", "totalTokenCount")
+    return {name: count for name, count in {**counts, **details}.items() if count or name in always}
+
+
+def _pretty(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=2).encode()
+
+
+def _camel_case(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The fields by the names that Gemini's JSON has."""
+    given = (fields or {}).items()
+    return {re.sub("_([a-z])", lambda match: match[1].upper(), name): value for name, value in given}
+
+
+def _gemini_tool(asked: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first function declared, if it may be called and the user spoke last, not only tools."""
+    mode = ((asked.get("toolConfig") or {}).get("functionCallingConfig") or {}).get("mode")
+    tools = _declared(asked)
+    return _camel_case(tools[0]) if tools and mode != "NONE" and _spoke(asked["contents"][-1]) else None
+
+
+def _declared(asked: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = map(_camel_case, asked.get("tools") or ())
+    return [function for group in groups for function in group.get("functionDeclarations", ())]
+
+
+def _spoke(content: Mapping[str, Any]) -> bool:
+    """Whether the user says something here that is no tool's result."""
+    return content.get("role") != "model" and len(_parts(content, "functionResponse")) < len(content["parts"])
+
+
+def _parts(content: Mapping[str, Any], name: str) -> list[Any]:
+    return [part for part in map(_camel_case, content.get("parts", ())) if name in part]
+
+
+def _check_gemini(given: Mapping[str, Any]) -> None:
+    asked = _camel_case(given)
+    contents = asked.get("contents") or []
+    _check_names("", [given])
+    _check_names("generation_config", [asked.get("generationConfig") or {}])
+    _check_names("tools", asked.get("tools") or [])
+    _check_names("tools.function_declarations", _declared(asked))
+    require(contents, "* GenerateContentRequest.contents: contents is not specified")
+    for before, content in zip([{}, *contents], contents):
+        _check_gemini_content(content)
+        equal = len(_parts(before, "functionCall")) == len(_parts(content, "functionResponse"))
+        parts = "the number of function response parts is equal to the number of function call parts"
+        require(equal, f"Please ensure that {parts} of the function call turn.")
+    _check_signatures(contents)
+
+
+def _check_names(place: str, values: Iterable[Mapping[str, Any]]) -> None:
+    where = f" at '{place}'" if place else ""
+    for name in (name for value in values for name in value):
+        known = set(_camel_case({name: None})) <= _GEMINI_NAMES[place]
+        require(known, f'Invalid JSON payload received. Unknown name "{name}"{where}: Cannot find field.')
+
+
+def _check_gemini_content(content: Mapping[str, Any]) -> None:
+    _check_names("contents", [content])
+    require(content.get("role", "user") in ("user", "model"), "Please use a valid role: user, model.")
+    require(content.get("parts"), "* GenerateContentRequest.contents: contents.parts must not be empty.")
+    _check_names("contents.parts", content["parts"])
+    for part in _parts(content, "functionCall"):
+        _check_names("contents.parts.function_call", [part["functionCall"]])
+        require(isinstance(part["functionCall"].get("args", {}), dict), "Invalid value at 'function_call.args'")
+    for part in _parts(content, "functionResponse"):
+        _check_names("contents.parts.function_response", [part["functionResponse"]])
+        require(isinstance(part["functionResponse"]["response"], dict), "Invalid value at 'function_response.response'")
+
+
+def _check_signatures(contents: Sequence[Mapping[str, Any]]) -> None:
+    """The first call of each step is to be signed, in the turn that the user began last."""
+    begun = max((index for index, content in enumerate(contents) if _spoke(content)), default=0)
+    for content in contents[begun:]:
+        for part in _parts(content, "functionCall")[:1]:
+            call, signed = part["functionCall"], part.get("thoughtSignature")
+            require(signed, f"Function call `{call['name']}` is missing a thought_signature in functionCall parts.")
+            said = {"name": call["name"], "args": call.get("args", {})}
+            require(signed in (signature(said), *_UNSIGNED), "Thought signature is not valid.")
+
+
+# ---------------------------------------------------------------------------
+# The Ollama dialect
+# An answer is made whole; its lines are made from it.
+# ---------------------------------------------------------------------------
+
+
+def ollama_error(status: int, message: str | None = None) -> bytes:
+    """An error as Ollama words it."""
+    usual = f"model '{MODEL}' not found" if status == 404 else _phrase(status).lower()
+    return dumps({"error": usual if message is None else message})
+
+
+def _ollama_unauthorized(key: str | None) -> Answer:
+    return Answer(status=401, body=ollama_error(401), framing="length")
+
+
+OLLAMA = Dialect("", ollama_error, _ollama_unauthorized)
+
+
+def ollama_answer(
+    text: str,
+    *calls: Call,
+    thinking: str = "",
+    model: str = MODEL,
+    done_reason: str = "stop",
+    prompt_tokens: int = 0,
+    generate: bool = False,
+) -> dict[str, Any]:
+    """An answer of /api/chat, or of /api/generate, which says the same in other places."""
+    thought = {"thinking": thinking} if thinking else {}
+    functions = [{"index": at, "name": call.name, "arguments": call.arguments} for at, call in enumerate(calls)]
+    called = [{"id": f"call_local_{at}", "function": function} for at, function in enumerate(functions)]
+    message = {"role": "assistant", "content": text, **thought, **({"tool_calls": called} if called else {})}
+    counts = {
+        "total_duration": 4000000,
+        "load_duration": 1000000,
+        "prompt_eval_count": prompt_tokens,
+        "prompt_eval_duration": 1000000,
+        "eval_count": len(split_words(thinking)) + len(split_words(text)) + len(calls),
+        "eval_duration": 2000000,
+    }
+    said = {"response": text, **thought} if generate else {"message": message}
+    return {"model": model, "created_at": CREATED_AT, **said, "done": True, "done_reason": done_reason, **counts}
+
+
+def ollama_lines(answer: Mapping[str, Any]) -> list[bytes]:
+    """The answer as a stream of lines, the last of which says nothing more and has the counts."""
+    message = answer.get("message") or {"content": answer.get("response"), **answer}
+    said: list[dict[str, Any]] = [
+        {"content": "", "thinking": word} for word in split_words(message.get("thinking", ""))
+    ]
+    said += [{"content": word} for word in split_words(message["content"])]
+    said += [{"content": "", "tool_calls": [call]} for call in message.get("tool_calls", ())]
+    head = {name: answer[name] for name in ("model", "created_at")}
+    lines = [{**head, **_ollama_piece(answer, piece), "done": False} for piece in said]
+    last = {name: value for name, value in answer.items() if name != "thinking"}
+    lines.append({**last, **_ollama_piece(answer, {"content": ""})})
+    return [dumps(line) + b"\n" for line in lines]
+
+
+def ollama_chat_content(answer: Answer, request: Request) -> Content:
+    """What POST .../api/chat says: the answer's text, or a call of the first tool; thinking first, if asked for."""
+    asked = request.json
+    _check_ollama(asked)
+    tool = _tool_wanted(asked)
+    calls = [sample_call(tool)] if tool else []
+    return _ollama_content(answer, asked, "" if tool else answer.text, *calls)
+
+
+def ollama_generate_content(answer: Answer, request: Request) -> Content:
+    """What POST .../api/generate says."""
+    return _ollama_content(answer, request.json, answer.text, generate=True)
+
+
+def ollama_models_content(answer: Answer, request: Request) -> Content:
+    """What GET .../api/tags says."""
+    model = {"name": MODEL, "model": MODEL, "modified_at": CREATED_AT, "size": 0, "digest": "local", "details": {}}
+    return Content(answer.status, JSON, [dumps({"models": [model]})])
+
+
+def _ollama_content(
+    answer: Answer, asked: Mapping[str, Any], text: str, *calls: Call, generate: bool = False
+) -> Content:
+    thinking = answer.thinking if asked.get("think") else ""
+    prompt = token_count(asked["prompt" if generate else "messages"])
+    whole = ollama_answer(
+        text, *calls, thinking=thinking, model=asked["model"], prompt_tokens=prompt, generate=generate
+    )
+    if asked.get("stream", True):
+        return Content(answer.status, NDJSON, ollama_lines(whole))
+    return Content(answer.status, JSON, [dumps(whole)])
+
+
+def _ollama_piece(answer: Mapping[str, Any], piece: Mapping[str, Any]) -> dict[str, Any]:
+    """A piece of a message, in the place that the answer has for it."""
+    if "message" in answer:
+        return {"message": {"role": "assistant", **piece}}
+    return {"response" if name == "content" else name: value for name, value in piece.items()}
+
+
+def _check_ollama(asked: Mapping[str, Any]) -> None:
+    stop = (asked.get("options") or {}).get("stop", [])
+    require(isinstance(stop, list), 'option "stop" must be of type array')
+    for message in asked["messages"]:
+        content = message.get("content", "")
+        wrong = "json: cannot unmarshal array into Go struct field ChatRequest.messages.content of type string"
+        # Go takes null for an empty string.
+        require(content is None or isinstance(content, str), wrong)
+        for image in message.get("images") or ():
+            base64.b64decode(image, validate=True)
+        for call in message.get("tool_calls") or ():
+            wrong = (
+                "json: cannot unmarshal string into Go struct field .arguments of type api.ToolCallFunctionArguments"
+            )
+            require(isinstance(call["function"]["arguments"], dict), wrong)
+
+
+# ---------------------------------------------------------------------------
+# The paths
+# All that the server knows of the dialects above.
+# ---------------------------------------------------------------------------
+
+#: What to put after `LocalProvider.origin` for the base URL of a client, by dialect.
+DIALECT_BASES: Mapping[str, str] = {
+    "openai": OPENAI.base,
+    "openai-responses": OPENAI.base,
+    "anthropic": ANTHROPIC.base,
+    "gemini": GEMINI.base,
+    "ollama": OLLAMA.base,
+}
+
+#: The first that fits says what is said. The model list of OpenAI also serves Anthropic.
+ROUTES: list[Route] = [
+    Route("POST", "/chat/completions", chat_content, OPENAI),
+    Route("POST", "/responses", responses_content, OPENAI),
+    Route("POST", "/messages", anthropic_content, ANTHROPIC),
+    Route("POST", ":streamGenerateContent", gemini_stream_content, GEMINI),
+    Route("POST", ":generateContent", gemini_content, GEMINI),
+    Route("POST", "/api/chat", ollama_chat_content, OLLAMA),
+    Route("POST", "/api/generate", ollama_generate_content, OLLAMA),
+    Route("GET", "/v1alpha/models", gemini_models_content, GEMINI),
+    Route("GET", "/v1beta/models", gemini_models_content, GEMINI),
+    Route("GET", "/models", models_content, OPENAI),
+    Route("GET", "/api/tags", ollama_models_content, OLLAMA),
 ]
 
 
@@ -474,6 +1365,8 @@ class Framed(NamedTuple):
     writes: Iterable[bytes]
     ending: Callable[[], bytes]
     piece: Callable[[bytes], bytes]
+    #: A further one that means nothing.
+    comment: bytes = COMMENT
 
 
 def framed(framing: str, pieces: Iterable[bytes]) -> Framed:
@@ -752,7 +1645,7 @@ class LocalProvider:
     """A provider on 127.0.0.1 that runs from its making to `close()`, which `with` calls.
 
     The answers given are used first, one a request and in order, then `default` for every further one. With a `key`,
-    requests without it get a 401 and use up no answer.
+    requests without it are refused, by their dialect with a 401 or by Gemini with a 400 or 403, and use up no answer.
     """
 
     def __init__(
@@ -780,7 +1673,7 @@ class LocalProvider:
         #: scheme://127.0.0.1:port
         self.origin = f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
         #: The origin with the path that a client of the OpenAI dialect takes as its base.
-        self.base_url = f"{self.origin}/v1"
+        self.base_url = self.origin + DIALECT_BASES["openai"]
         self._loop = asyncio.SelectorEventLoop()
         self._stop = self._loop.create_future()
         self._gate = self._loop.create_future()
@@ -875,9 +1768,9 @@ class LocalProvider:
         return await self._respond(connection, request, self._answer_to(request))
 
     def _answer_to(self, request: Request) -> Answer:
-        authorization = request.headers.get("Authorization")
-        if self._key is not None and authorization != f"Bearer {self._key}":
-            return _unauthorized(authorization)
+        key = _key_of(request)
+        if self._key is not None and key != self._key:
+            return route_of(request).dialect.unauthorized(key)
         answer = self._queue.popleft() if self._queue else self.default
         try:
             return overridden(answer, request.headers.get("X-Local-Answer"))
@@ -921,15 +1814,14 @@ async def _stall(connection: Connection, answer: Answer, body: Framed, gate: asy
     while not gate.done():
         await asyncio.wait([gate], timeout=answer.keepalive)
         if not gate.done():
-            await connection.send(body.piece(COMMENT))
+            await connection.send(body.piece(body.comment))
 
 
-def _unauthorized(authorization: str | None) -> Answer:
-    where = "You can find your API key at https://platform.openai.com/account/api-keys."
-    if authorization is None:
-        return error_answer(401, f"You didn't provide an API key. {where}", code="")
-    # OpenAI masks the key that it repeats; not every service does.
-    return error_answer(401, f"Incorrect API key provided: {authorization.partition(' ')[2]}. {where}")
+def _key_of(request: Request) -> str | None:
+    """The key that came with a request, in the header of any dialect."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    own = request.headers.get("x-api-key") or request.headers.get("x-goog-api-key")
+    return own or (key if scheme == "Bearer" else None)
 
 
 def _close(answer: Answer) -> Answer:
@@ -946,6 +1838,8 @@ def _framed_for(request: Request, answer: Answer, content: Content) -> Framed:
     if content.status in _WITHOUT_BODY:
         return Framed([], (), bytes, bytes)
     body = framed(answer.framing, blocks(content.pieces, answer.block))
+    if content.content_type.startswith((JSON, NDJSON)):
+        body = body._replace(comment=b"\n")
     return body._replace(writes=(), ending=bytes) if request.method == "HEAD" else body
 
 
