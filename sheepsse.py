@@ -1602,6 +1602,13 @@ def _is_result(message: Mapping[str, Any]) -> bool:
     return message.get("role") == "tool"
 
 
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a message is an answer that said nothing, which the vendors refuse to be sent"""
+    if message.get("role") != "assistant":
+        return False
+    return not (message.get("content") or message.get("parts") or message.get("tool_calls") or message.get("vendor"))
+
+
 def _parts(content: Any) -> list[Any]:
     """A content as the list of its parts"""
     if isinstance(content, list):
@@ -1612,6 +1619,15 @@ def _parts(content: Any) -> list[Any]:
 def _plain_text(content: Any) -> str:
     """A content that can only be text"""
     return _text(content) or _texts(_parts(content))
+
+
+def _result_text(content: Any) -> str:
+    """The content of a tool's result, where the vendor takes text alone"""
+    if any(_dict(part).get("type") != "text" for part in _parts(content)):
+        raise InvalidRequestError(
+            "the result of a tool call can only be text here: put images into a message of the user"
+        )
+    return _plain_text(content)
 
 
 class _Image(NamedTuple):
@@ -1629,10 +1645,10 @@ def _image(part: Any) -> _Image | None:
     if not isinstance(part, Mapping) or part.get("type") != "image_url":
         return None
     given = part.get("image_url")
-    url = _text(given) or _text(_dict(given).get("url"))
+    url, detail = _text(given) or _text(_dict(given).get("url")), _text(_dict(given).get("detail"))
     match = re.match(r"data:([^;,]*)(?:;[^;,]*)*;base64,", url, re.IGNORECASE)
     if match:
-        return _Image(url, url[match.end() :], match.group(1) or "image/png", "")
+        return _Image(url, url[match.end() :], match.group(1) or "image/png", detail)
     import mimetypes  # reads the system's table
 
     return _Image(
@@ -1718,8 +1734,14 @@ def _same(names: str) -> dict[str, str]:
     return {name: name for name in names.split()}
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _either(params: dict[str, Any], *names: str) -> Any:
+    """Takes an option out of ``params`` that has several names, None where it has none of them"""
+    return next((value for value in [params.pop(name, None) for name in names] if value is not None), None)
+
+
+def _as_list(value: Any, single: type | tuple[type, ...] = str) -> Any:
+    """A list of what may be given alone"""
+    return [value] if isinstance(value, single) else value or []
 
 
 class _Anthropic(Dialect):
@@ -1794,10 +1816,11 @@ class _Anthropic(Dialect):
             body["system"] = cls._system([content for content in system if content])
         if "stop_sequences" in body:
             body["stop_sequences"] = _as_list(body["stop_sequences"])
-        if params.get("tools"):
-            body["tools"] = list(map(cls._tool, params.pop("tools")))
-        if params.get("tool_choice") is not None:
-            body["tool_choice"] = cls._tool_choice(params.pop("tool_choice"))
+        tools, choice = params.pop("tools", None), params.pop("tool_choice", None)
+        if tools:
+            body["tools"] = list(map(cls._tool, tools))
+        if tools and choice is not None:
+            body["tool_choice"] = cls._tool_choice(choice)
         return {**body, **params}
 
     @staticmethod
@@ -1813,7 +1836,7 @@ class _Anthropic(Dialect):
             if are_results:  # those of one answer's calls belong into one message
                 turns.append({"role": "user", "content": list(map(cls._result, group))})
             else:
-                turns.extend(map(cls._turn, group))
+                turns.extend(cls._turn(message) for message in group if not _is_empty(message))
         return turns
 
     @classmethod
@@ -2050,20 +2073,25 @@ class _Gemini(Dialect):
         config = _moved(params, cls._CONFIG_NAMES)
         if "stopSequences" in config:
             config["stopSequences"] = _as_list(config["stopSequences"])
-        config.update(_dict(params.pop("generationConfig", None)))
+        config.update(_dict(_either(params, "generationConfig", "generation_config")))
         system = [
             part for message in given if _is_system(message) for part in map(cls._part, _parts(message.get("content")))
         ]
-        system = [*_list(_dict(params.pop("systemInstruction", None)).get("parts")), *system]
+        own = _either(params, "systemInstruction", "system_instruction")
+        own = own.get("parts") if isinstance(own, Mapping) else own
+        system = [
+            *({"text": part} if isinstance(part, str) else part for part in _as_list(own, (str, Mapping)))
+        ] + system
         body: dict[str, Any] = {"contents": cls._contents([message for message in given if not _is_system(message)])}
         if system:
             body["systemInstruction"] = {"parts": system}
         if config:
             body["generationConfig"] = config
-        if params.get("tools"):
-            body["tools"] = cls._tools(params.pop("tools"))
-        if params.get("tool_choice") is not None:
-            body["toolConfig"] = {"functionCallingConfig": cls._tool_choice(params.pop("tool_choice"))}
+        tools, choice = params.pop("tools", None), params.pop("tool_choice", None)
+        if tools:
+            body["tools"] = cls._tools(tools)
+        if tools and choice is not None:
+            body["toolConfig"] = {"functionCallingConfig": cls._tool_choice(choice)}
         return {**body, **params}
 
     @classmethod
@@ -2079,7 +2107,7 @@ class _Gemini(Dialect):
                 parts = [cls._result(message, calls.answered(message)) for message in group]
                 contents.append({"role": "user", "parts": parts})
                 continue
-            for message in group:
+            for message in itertools.filterfalse(_is_empty, group):
                 calls.note(_calls_of(message) or cls._calls_in(_list(message.get("parts"))))
                 contents.append(message if "parts" in message else cls._content(message))
         return contents
@@ -2108,7 +2136,7 @@ class _Gemini(Dialect):
 
     @staticmethod
     def _result(message: Mapping[str, Any], call: ToolCall) -> dict[str, Any]:
-        content = _plain_text(message.get("content"))
+        content = _result_text(message.get("content"))
         parsed = _json(content)
         response = {"name": call.name, "response": parsed if isinstance(parsed, dict) else {"result": content}}
         return {"functionResponse": {**({"id": call.id} if call.id else {}), **response}}
@@ -2271,12 +2299,13 @@ class _Responses(Dialect):
             "stream": stream,
             **limit,
         }
-        if params.get("tools"):
-            body["tools"] = list(map(cls._tool, params.pop("tools")))
-        function = _function_of(params.get("tool_choice"))
-        if function is not None:
-            body["tool_choice"] = {"type": "function", "name": function.get("name")}
-            del params["tool_choice"]
+        tools, choice = params.pop("tools", None), params.pop("tool_choice", None)
+        if tools:
+            body["tools"] = list(map(cls._tool, tools))
+        if tools and choice is not None:
+            function = _function_of(choice)
+            named = function and {"type": "function", "name": function.get("name")}
+            body["tool_choice"] = named or choice
         return {**body, **params}
 
     @classmethod
@@ -2360,9 +2389,10 @@ class _Responses(Dialect):
         if self._number is not None and number > self._number + 1:
             raise StreamInterrupted(f"expected event {self._number + 1}, got {number}: what is between is lost")
         # one number for different events is a server's that does not count
-        repeated = self._number is not None and (number < self._number or payload == last)
+        said = {name: value for name, value in payload.items() if name != "obfuscation"}
+        repeated = self._number is not None and (number < self._number or said == last)
         if not repeated:
-            self._number, self._last = number, payload
+            self._number, self._last = number, said
         return repeated
 
     def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
@@ -2524,10 +2554,11 @@ class _Ollama(Dialect):
     def _message(cls, message: Mapping[str, Any], calls: _OpenCalls) -> Any:
         role, content = message.get("role"), message.get("content")
         if _is_result(message) and "tool_name" not in message:
-            return {"role": role, "content": _plain_text(content), "tool_name": calls.answered(message).name}
+            return {"role": role, "content": _result_text(content), "tool_name": calls.answered(message).name}
+        role = "system" if _is_system(message) else role
         made = _calls_of(message)
         calls.note(made)
-        if isinstance(content, str) and not made and "vendor" not in message:
+        if isinstance(content, str) and not made and "vendor" not in message and role == message.get("role"):
             return message
         known = {"role", "content", "tool_calls", "vendor"}
         images = [cls._image(part) for part in _parts(content) if _image(part)]

@@ -1,22 +1,58 @@
-"""Section 5, the openai dialect: what streams say, over real sockets and cut into blocks of any size"""
+"""Section 5, what streams of each dialect say, over real sockets and cut into blocks of any size"""
+
+import contextlib
+from decimal import Decimal
 
 import pytest
 
 import local_provider
 import sheepsse
-from conftest import folder_of, read
+from conftest import asking, folder_of, read
 from transcripts import DONE, STOP, TRANSCRIPTS, chunk, says, sse
+from transcripts_vendors import (
+    DOCUMENTS,
+    OPENING,
+    PLAIN,
+    VENDORS,
+    arguments,
+    media_type,
+    message_end,
+    message_start,
+    named,
+    numbered,
+    response,
+    tool_added,
+    tool_block,
+)
 
 BLOCKS = (1, 7, 4096)
+#: the names that the index of the recordings has
+RECORDED_AS = {
+    "openai_chat": "openai",
+    "openai_responses": "openai-responses",
+    "anthropic": "anthropic",
+    "gemini": "gemini",
+    "ollama": "ollama",
+}
+
+
+@pytest.fixture
+def clients(server):
+    """A client of the server in each dialect, by its name"""
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(asking(server, base_url=server.origin + base, dialect=name))
+            for name, base in local_provider.DIALECT_BASES.items()
+        }
 
 
 def names(transcript):
-    return transcript.name
+    return transcript.name if transcript.dialect == "openai" else f"{transcript.dialect}: {transcript.name}"
 
 
-def served(server, client, body, block):
+def served(server, client, body, block, content_type=None):
     """A stream of this body, written in blocks of so many bytes"""
-    server.answer(local_provider.Answer(body=body, block=block))
+    server.answer(local_provider.Answer(body=body, block=block, content_type=content_type))
     return client.stream("Good day?", resume="never")
 
 
@@ -24,16 +60,23 @@ def triples(tool_calls):
     return tuple((call.id, call.name, call.arguments) for call in tool_calls)
 
 
+def events_of(blocks, content_type):
+    """What the plain generators make of a body of this type"""
+    is_json = content_type in ("application/json", "application/x-ndjson")
+    return sheepsse.iter_json_lines(blocks) if is_json else sheepsse.iter_events(blocks)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("transcript", TRANSCRIPTS, ids=names)
-def test_a_stream_says_over_a_socket_what_its_transcript_says(server, client, transcript, block):
-    stream = served(server, client, transcript.body, block)
+@pytest.mark.parametrize("transcript", TRANSCRIPTS + VENDORS, ids=names)
+def test_a_stream_says_over_a_socket_what_its_transcript_says(server, clients, transcript, block):
+    stream = served(server, clients[transcript.dialect], transcript.body, block, media_type(transcript))
     pieces, error = read(stream)
     answer = stream.completion
     assert "".join(pieces) == answer.text == stream.text == transcript.text
     assert answer.reasoning == stream.reasoning == transcript.reasoning
     assert answer.refusal == transcript.refusal
     assert triples(answer.tool_calls) == triples(stream.tool_calls) == transcript.tool_calls
+    assert [call.index for call in answer.tool_calls] == list(range(len(transcript.tool_calls)))
     assert answer.finish_reason == stream.finish_reason == transcript.finish_reason
     assert answer.usage == stream.usage == transcript.usage
     assert answer.complete is transcript.complete
@@ -47,25 +90,16 @@ def test_a_stream_says_over_a_socket_what_its_transcript_says(server, client, tr
         assert error.partial == answer
 
 
-def chunks_before_error(chunks):
-    """The chunks, and the error that ended them or None"""
-    given = []
-    try:
-        for piece in chunks:
-            given.append(piece)
-    except sheepsse.SheepError as error:
-        return given, error
-    return given, None
-
-
-@pytest.mark.parametrize("transcript", TRANSCRIPTS[:-1], ids=names)
-def test_the_plain_generators_say_the_same_as_a_stream(transcript):
-    events = sheepsse.iter_events([transcript.body])
-    given, error = chunks_before_error(sheepsse.iter_chunks(events))
+@pytest.mark.parametrize("dialect", ["named", "auto"])
+@pytest.mark.parametrize("transcript", TRANSCRIPTS[:-1] + PLAIN, ids=names)
+def test_the_plain_generators_say_the_same_as_a_stream(transcript, dialect):
+    events = events_of([transcript.body], media_type(transcript))
+    given, error = read(sheepsse.iter_chunks(events, "auto" if dialect == "auto" else transcript.dialect))
     answer = sheepsse.collect(given)
     assert "".join(sheepsse.iter_text(given)) == answer.text == transcript.text
     assert (answer.reasoning, answer.refusal) == (transcript.reasoning, transcript.refusal)
     assert triples(answer.tool_calls) == transcript.tool_calls
+    assert (answer.id, answer.model) == (transcript.id, transcript.model)
     assert answer.usage == transcript.usage
     finishes = [piece.finish for piece in given if piece.finish and piece.index == 0]
     assert finishes[-1:] == ([transcript.finish] if transcript.finish else [])
@@ -75,11 +109,29 @@ def test_the_plain_generators_say_the_same_as_a_stream(transcript):
         assert error.partial == answer._replace(complete=False)
 
 
-@pytest.mark.parametrize("transcript", [one for one in TRANSCRIPTS if one.texts], ids=names)
+@pytest.mark.parametrize("transcript", [one for one in TRANSCRIPTS + VENDORS if one.texts], ids=names)
 def test_each_choice_is_told_apart_by_its_index(transcript):
-    given = list(sheepsse.iter_chunks(sheepsse.iter_events([transcript.body])))
+    given = list(sheepsse.iter_chunks(sheepsse.iter_events([transcript.body]), transcript.dialect))
     for index, text in enumerate(transcript.texts):
         assert sheepsse.collect(given, index).text == text
+
+
+@pytest.mark.parametrize("transcript", DOCUMENTS, ids=names)
+def test_one_json_answer_says_the_same_as_a_stream_would(server, clients, transcript):
+    client = clients[transcript.dialect]
+    server.answer(local_provider.Answer(body=transcript.body, content_type="application/json"))
+    answer = client.complete("Good day?")
+    assert (answer.text, answer.reasoning, answer.refusal) == (
+        transcript.text,
+        transcript.reasoning,
+        transcript.refusal,
+    )
+    assert triples(answer.tool_calls) == transcript.tool_calls
+    assert (answer.id, answer.model, answer.usage) == (transcript.id, transcript.model, transcript.usage)
+    assert (answer.finish_reason, answer.complete) == (transcript.finish_reason, True)
+    chunks = list(sheepsse.iter_chunks(sheepsse.iter_json_lines([transcript.body])))
+    assert sheepsse.collect(chunks) == answer
+    assert chunks[-1].finish == transcript.finish
 
 
 # Real recordings, where there are any
@@ -89,52 +141,145 @@ def recorded(index, dialect="openai_chat"):
     return [row for row in index if row["dialect"] == dialect]
 
 
+def recorded_type(row):
+    endings = {"sse": "text/event-stream", "json": "application/json", "jsonl": "application/x-ndjson"}
+    return endings[row["file"].rpartition(".")[2]]
+
+
+@pytest.fixture
+def received(monkeypatch):
+    """The blocks of the last answer, as they came from the socket"""
+    blocks, read_blocks = [], sheepsse._limited_blocks
+
+    def kept(*args):
+        blocks.clear()
+        for block in read_blocks(*args):
+            blocks.append(block)
+            yield block
+
+    monkeypatch.setattr(sheepsse, "_limited_blocks", kept)
+    return blocks
+
+
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_recording_says_what_its_index_says(server, client, recordings, block):
+@pytest.mark.parametrize("dialect", RECORDED_AS)
+def test_every_recording_says_what_its_index_says(server, clients, recordings, received, dialect, block):
     folder, index = recordings
-    rows = recorded(index)
+    rows = recorded(index, dialect)
     assert rows
     for row in rows:
-        stream = served(server, client, (folder / row["file"]).read_bytes(), block)
+        body, content_type = (folder / row["file"]).read_bytes(), recorded_type(row)
+        stream = served(server, clients[RECORDED_AS[dialect]], body, block, content_type)
         pieces, error = read(stream)
-        check_recording(row, "".join(pieces), stream, error)
+        check_recording(row, stream.completion, error)
+        assert "".join(pieces) == stream.text, row["file"]
+        # the same blocks, by the plain generators, which are not told the dialect
+        given, error = read(sheepsse.iter_chunks(events_of(received, content_type)))
+        check_recording(row, sheepsse.collect(given)._replace(complete=error is None), error)
 
 
-def check_recording(row, text, stream, error):
+def check_recording(row, answer, error):
     name, expected = row["file"], row["expected"]
-    answer = stream.completion
-    assert text == answer.text == row["expected_text"], name
-    assert answer.reasoning == expected["reasoning"], name
-    assert answer.refusal == expected["refusal"], name
-    calls = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in answer.tool_calls]
-    assert calls == expected["tool_calls"], name
-    assert answer.finish_reason == row["expected_finish"], name
-    assert (answer.id, answer.model) == (expected["id"], expected["model"]), name
-    assert answer.complete is expected["complete"], name
-    check_usage(name, answer.usage, row["expected_usage"])
-    assert (error is None) == expected["complete"], name
-    if expected["error"]:
-        assert isinstance(error, sheepsse.StreamError), name
-        assert expected["error"]["message"] in str(error), name
-        assert error.vendor_code == (expected["error"]["code"] or expected["error"]["type"]), name
-    elif error is not None:
-        assert isinstance(error, sheepsse.StreamInterrupted), name
     if error is not None:
         assert error.partial == answer, name
+    if "must_raise" in expected:
+        assert type(error) is sheepsse.InvalidStreamError, name
+        assert answer.id == expected["spliced_message_ids"][0], name
+        return
+    assert answer.text == row["expected_text"], name
+    assert answer.reasoning == expected["reasoning"], name
+    assert answer.refusal == expected["refusal"], name
+    calls = [{"id": call["id"] or "", **call_as_sent(call)} for call in expected["tool_calls"]]
+    assert [{"id": call.id, **call_as_told(call, row)} for call in answer.tool_calls] == calls, name
+    assert answer.finish_reason == row["expected_finish"], name
+    assert (answer.id, answer.model) == (expected["id"] or "", expected["model"]), name
+    assert answer.complete is expected["complete"], name
+    check_usage(name, answer.usage, USAGE_OF[row["dialect"]], row["expected_usage"])
+    assert (error is None) == expected["complete"], name
+    if expected["error"]:
+        wire = expected["error"] if isinstance(expected["error"], dict) else {"message": expected["error"]}
+        assert type(error) is sheepsse.StreamError, name
+        assert wire["message"] in str(error), name
+        assert error.vendor_code == (wire.get("code") or wire.get("type")), name
+    elif error is not None:
+        assert type(error) is sheepsse.StreamInterrupted, name
 
 
-def check_usage(name, usage, wire):
+def call_as_sent(call):
+    return {"name": call["name"], "arguments": call["arguments"]}
+
+
+def call_as_told(call, row):
+    """The arguments are an object where the wire has one"""
+    objects = row["dialect"] in ("gemini", "ollama")
+    return {"name": call.name, "arguments": call.parsed if objects else call.arguments}
+
+
+def openai_usage(wire):
+    prompt, output = wire.get("prompt_tokens_details") or {}, wire.get("completion_tokens_details") or {}
+    return sheepsse.Usage(
+        wire["prompt_tokens"],
+        wire["completion_tokens"],
+        wire["total_tokens"],
+        prompt.get("cached_tokens", wire.get("prompt_cache_hit_tokens", 0)),
+        prompt.get("cache_write_tokens", 0),
+        output.get("reasoning_tokens", 0),
+        wire.get("cost"),
+    )
+
+
+def responses_usage(wire):
+    return sheepsse.Usage(
+        wire["input_tokens"],
+        wire["output_tokens"],
+        wire["total_tokens"],
+        wire["input_tokens_details"]["cached_tokens"],
+        wire["input_tokens_details"].get("cache_write_tokens", 0),
+        wire["output_tokens_details"]["reasoning_tokens"],
+        wire.get("cost"),
+    )
+
+
+def anthropic_usage(wire):
+    cached, written = wire.get("cache_read_input_tokens", 0), wire.get("cache_creation_input_tokens", 0)
+    input_tokens, output_tokens = wire["input_tokens"] + cached + written, wire["output_tokens"]
+    thought = wire.get("output_tokens_details", {}).get("thinking_tokens", 0)
+    return sheepsse.Usage(input_tokens, output_tokens, input_tokens + output_tokens, cached, written, thought)
+
+
+def gemini_usage(wire):
+    thought = wire.get("thoughtsTokenCount", 0)
+    return sheepsse.Usage(
+        wire["promptTokenCount"] + wire.get("toolUsePromptTokenCount", 0),
+        wire.get("candidatesTokenCount", 0) + thought,
+        wire["totalTokenCount"],
+        wire.get("cachedContentTokenCount", 0),
+        reasoning_tokens=thought,
+    )
+
+
+def ollama_usage(wire):
+    input_tokens, output_tokens = wire["prompt_eval_count"], wire["eval_count"]
+    return sheepsse.Usage(input_tokens, output_tokens, input_tokens + output_tokens)
+
+
+#: what the wire's usage is in ours
+USAGE_OF = {
+    "openai_chat": openai_usage,
+    "openai_responses": responses_usage,
+    "anthropic": anthropic_usage,
+    "gemini": gemini_usage,
+    "ollama": ollama_usage,
+}
+
+
+def check_usage(name, usage, expected_of, wire):
     if wire is None:
         assert usage is None, name
         return
-    prompt, output = wire.get("prompt_tokens_details") or {}, wire.get("completion_tokens_details") or {}
-    assert usage.source == "provider", name
-    assert usage.input_tokens == wire["prompt_tokens"], name
-    assert usage.output_tokens == wire["completion_tokens"], name
-    assert usage.total_tokens == wire["total_tokens"], name
-    assert usage.cache_read_tokens == prompt.get("cached_tokens", wire.get("prompt_cache_hit_tokens", 0)), name
-    assert usage.reasoning_tokens == output.get("reasoning_tokens", 0), name
-    assert (None if usage.cost is None else float(usage.cost)) == wire.get("cost"), name
+    expected = expected_of(wire)
+    cost = None if expected.cost is None else Decimal(str(expected.cost))
+    assert usage == expected._replace(cost=cost), name
 
 
 def test_the_texts_of_all_choices_of_a_recording_are_told_apart(recordings):
@@ -277,3 +422,32 @@ def test_a_stream_in_a_file_can_be_read_as_it_is():
     body = sse(*says("Good day"), STOP, DONE)
     blocks = [body[start : start + 10] for start in range(0, len(body), 10)]
     assert "".join(sheepsse.iter_text(sheepsse.iter_chunks(sheepsse.iter_events(blocks)))) == "Good day"
+
+
+HALF = '{"at": "s'
+HALF_ARGUED = {
+    "openai": sse(
+        chunk({"tool_calls": [{"index": 0, "id": "t-1", "function": {"name": "look", "arguments": HALF}}]}),
+        chunk(finish="length"),
+        DONE,
+    ),
+    "anthropic": named(message_start(), *tool_block(0, "t-1", "look", HALF), *message_end("max_tokens")),
+    "openai-responses": numbered(
+        *OPENING,
+        tool_added(0, "t-1", "look"),
+        arguments(0, HALF),
+        response("incomplete", incomplete_details={"reason": "max_output_tokens"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", HALF_ARGUED)
+def test_arguments_that_stop_half_way_are_kept_and_are_an_error_where_they_are_parsed(server, clients, dialect):
+    stream = served(server, clients[dialect], HALF_ARGUED[dialect], 7)
+    assert list(stream) == []
+    (call,) = stream.tool_calls
+    assert (call.id, call.name, call.arguments) == ("t-1", "look", HALF)
+    with pytest.raises(sheepsse.InvalidStreamError, match="look"):
+        _ = call.parsed
+    assert stream.completion.complete
+    assert not (stream.completion.vendor or {}).get("anthropic")

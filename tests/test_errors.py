@@ -13,8 +13,8 @@ import pytest
 import requests
 
 import sheepsse
-from conftest import folder_of
-from local_provider import Answer, chat_events, data_event
+from conftest import asking, folder_of
+from local_provider import DIALECT_BASES, Answer, chat_events, data_event
 from sheepsse import (
     AuthenticationError,
     ConnectError,
@@ -711,3 +711,84 @@ def test_a_list_of_plain_words_is_a_message_too(server, client):
     error = raised(server, client, refused(422, {"detail": ["n is odd", "m is missing"]}))
     assert "n is odd" in str(error)
     assert "m is missing" in str(error)
+
+
+# What is asked for again, counted at the server
+
+
+def spend_limit(code):
+    error = {"type": "rate_limit_error", "message": "Limit", "details": {"error_code": code}}
+    return {"type": "error", "error": error, "request_id": "req_inside"}
+
+
+def times_asked(server, dialect, *answers):
+    """How often the server is asked by one who may ask three times"""
+    for answer in answers:
+        server.answer(answer)
+    before = len(server.requests)
+    base_url = server.origin + DIALECT_BASES[dialect]
+    with asking(server, base_url=base_url, dialect=dialect, retry=sheepsse.Retry(2, base_delay=0)) as client:
+        try:
+            "".join(client.stream("Good day?"))
+        except SheepError:
+            pass
+    return len(server.requests) - before
+
+
+SPENT = [
+    ("openai", 429, openai("Pay", "insufficient_quota", "insufficient_quota")),
+    ("openai", 402, {"error": {"message": "Top up", "code": 402}}),
+    ("openai", 402, openai("Insufficient Balance", "unknown_error", "invalid_request_error")),
+    ("openai-responses", 429, openai("Pay", "insufficient_quota", "insufficient_quota")),
+    ("anthropic", 402, anthropic("billing_error", "Pay")),
+    ("anthropic", 429, spend_limit("contract_spend_limit_reached")),
+    ("anthropic", 429, spend_limit("enforced_spend_limit_reached")),
+    ("gemini", 429, gemini(429, "Exhausted", "RESOURCE_EXHAUSTED", RETRY_INFO, PER_DAY)),
+    ("gemini", 429, [gemini(429, "Exhausted", "RESOURCE_EXHAUSTED", PER_DAY)]),
+    ("ollama", 402, {"error": "upgrade for more"}),
+]
+
+
+@pytest.mark.parametrize(("dialect", "status", "body"), SPENT)
+def test_no_vendor_is_asked_again_where_a_quota_is_spent(server, dialect, status, body):
+    assert times_asked(server, dialect, refused(status, body, {"retry-after": "0.01"})) == 1
+
+
+LIMITED = [
+    ("openai", 429, openai("Slower", "requests", "rate_limit_exceeded")),
+    ("openai-responses", 500, openai("Sorry", "server_error")),
+    ("anthropic", 429, anthropic("rate_limit_error", "Slower")),
+    ("anthropic", 429, spend_limit("ramp_limit_exceeded")),
+    ("anthropic", 529, anthropic("overloaded_error", "Busy")),
+    ("gemini", 429, gemini(429, "Exhausted", "RESOURCE_EXHAUSTED", PER_MINUTE)),
+    ("gemini", 503, gemini(503, "Busy", "UNAVAILABLE")),
+    ("ollama", 429, {"error": "too many requests"}),
+]
+
+
+@pytest.mark.parametrize(("dialect", "status", "body"), LIMITED)
+def test_every_vendor_is_asked_again_where_waiting_helps(server, dialect, status, body):
+    answer = refused(status, body, {"retry-after": "0.01"})
+    assert times_asked(server, dialect, answer, answer) == 3
+
+
+QUOTA_IN_STREAM = [
+    ("openai", openai("Pay", "insufficient_quota", "insufficient_quota")),
+    ("openai-responses", {"type": "error", "sequence_number": 0, **openai("Pay", code="insufficient_quota")}),
+    ("anthropic", anthropic("billing_error", "Pay")),
+    ("gemini", gemini(429, "Exhausted", "RESOURCE_EXHAUSTED", PER_DAY)),
+]
+
+
+@pytest.mark.parametrize(("dialect", "payload"), QUOTA_IN_STREAM)
+def test_a_quota_that_is_spent_inside_a_stream_is_not_asked_for_again(server, dialect, payload):
+    assert times_asked(server, dialect, Answer(body=data_event(payload))) == 1
+
+
+@pytest.mark.parametrize("entry", recorded_errors(), ids=name_of)
+def test_a_recorded_error_is_asked_for_again_only_where_it_may_pass(server, entry):
+    folder_of("SHEEPSSE_RECORDINGS")
+    waits = {"retry-after", "retry-after-ms"}
+    headers = {name: value for name, value in entry["headers"].items() if name not in waits}
+    answer = refused(entry["status"], entry["body"], {**headers, "retry-after": "0.01"})
+    assert times_asked(server, "openai", answer, answer) == (3 if expectation(entry).retryable else 1)

@@ -28,6 +28,7 @@ class Transcript(NamedTuple):
     texts: Tuple[str, ...] = ()
     id: str = "c-1"
     model: str = "m-1"
+    dialect: str = "openai"
 
 
 DONE = "[DONE]"
