@@ -605,11 +605,14 @@ class Completion(NamedTuple):
         In OpenAI's shape, which every dialect translates. What only its own vendor understands (signatures, hidden
         reasoning) is under ``vendor``: that vendor's dialect sends it, every other leaves it out.
         """
-        message: dict[str, Any] = {"role": "assistant", "content": self.text or None}
+        message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if self.tool_calls else "")}
+        if self.refusal:
+            message["refusal"] = self.refusal
         if self.tool_calls:
+            functions = [{"name": call.name, "arguments": call.arguments or "{}"} for call in self.tool_calls]
             message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in self.tool_calls
+                {"id": call.id, "type": "function", "function": function}
+                for call, function in zip(self.tool_calls, functions)
             ]
         if self.vendor:
             message["vendor"] = self.vendor
@@ -1426,15 +1429,13 @@ class _OpenAI(Dialect):
                 yield self._tool_call(part, choice, position)
 
     def _tool_call(self, part: dict[str, Any], choice: int, position: int) -> ToolCall:
-        function = part.get("function")
-        function = function if isinstance(function, dict) else {}
-        arguments = function.get("arguments")
+        function = _dict(part.get("function")) or _dict(part.get("custom"))  # the latter has free text for input
         id = _text(part.get("id"))
         return ToolCall(
             index=self._call_index(choice, _count(part.get("index"), position), id),
             id=id,
             name=_text(function.get("name")),
-            arguments=json.dumps(arguments) if isinstance(arguments, dict) else _text(arguments),
+            arguments=_arguments_text(function.get("arguments") or function.get("input")),
         )
 
     def _call_index(self, choice: int, sent: int, id: str) -> int:
@@ -1508,10 +1509,19 @@ class _Part:
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = dict(fields)
         self._pieces: dict[str, list[str]] = {}
+        self._items: dict[str, list[Any]] = {}
 
     def append(self, name: str, piece: str) -> None:
         """More text of a field"""
         self._pieces.setdefault(name, []).append(piece)
+
+    def gather(self, name: str, item: Any) -> None:
+        """One more item of a field that is a list"""
+        self._items.setdefault(name, []).append(item)
+
+    def has_more(self, name: str) -> bool:
+        """Whether text came for a field after its beginning"""
+        return any(self._pieces.get(name, ()))
 
     def update(self, fields: Mapping[str, Any]) -> None:
         self._fields.update(fields)
@@ -1522,7 +1532,8 @@ class _Part:
 
     def whole(self) -> dict[str, Any]:
         texts = {name: _text(self._fields.get(name)) + "".join(pieces) for name, pieces in self._pieces.items()}
-        return {**self._fields, **texts}
+        lists = {name: [*_list(self._fields.get(name)), *items] for name, items in self._items.items()}
+        return {**self._fields, **texts, **lists}
 
 
 class _Thoughts:
@@ -1550,6 +1561,11 @@ class _Thoughts:
             return {"reasoning_details": [detail.whole() for detail in self._details]}
         content = "".join(self._content)
         return {"reasoning_content": content} if content else {}
+
+
+def _arguments_text(value: Any) -> str:
+    """Arguments as text, which some send as an object"""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else _text(value)
 
 
 # What a server sends may be anything: each of these gives its type, or the type's nothing
@@ -1651,9 +1667,7 @@ def _image(part: Any) -> _Image | None:
         return _Image(url, url[match.end() :], match.group(1) or "image/png", detail)
     import mimetypes  # reads the system's table
 
-    return _Image(
-        url, "", mimetypes.guess_type(urlsplit(url).path)[0] or "image/png", _text(_dict(given).get("detail"))
-    )
+    return _Image(url, "", mimetypes.guess_type(urlsplit(url).path)[0] or "image/png", detail)
 
 
 def _function_of(tool: Any) -> dict[str, Any] | None:
@@ -1671,18 +1685,20 @@ def _calls_of(message: Mapping[str, Any]) -> list[ToolCall]:
         if not isinstance(call, Mapping):
             raise InvalidRequestError(f"a tool call is a dict with an id and a function, got {type(call).__name__}")
         function = _function_of(call) or {}
-        arguments = function.get("arguments")
-        text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else _text(arguments)
-        calls.append(ToolCall(index, _text(call.get("id")), _text(function.get("name")), text))
+        arguments = _arguments_text(function.get("arguments"))
+        calls.append(ToolCall(index, _text(call.get("id")), _text(function.get("name")), arguments))
     return calls
 
 
 def _arguments_of(call: ToolCall) -> Any:
     """The arguments of a call that is sent back, as an object"""
     try:
-        return call.parsed
+        arguments = call.parsed
     except InvalidStreamError as error:
         raise InvalidRequestError(str(error)) from None
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError(f"the arguments of tool call {call.name!r} are no object: {_excerpt(call.arguments)}")
+    return arguments
 
 
 class _OpenCalls:
@@ -1778,13 +1794,16 @@ class _Anthropic(Dialect):
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
         self._id: str | None = None  # of the message that has begun
-        self._blocks: dict[int, _Part] = {}
-        self._calls: dict[int, int] = {}  # the tool call that a block is
+        self._blocks: list[_Part] = []
+        self._open: dict[int, _Part] = {}  # the last block of each index: some proxies send none, which is 0
+        self._calls: dict[int, int] = {}  # the tool call that the block of an index is
+        self._call_count = 0
         self._usage: dict[str, Any] = {}
         self._event_kinds: dict[str, Callable[[dict[str, Any], Chunk], Iterator[Chunk]]] = {
             "message_start": self._message_start,
             "content_block_start": self._block_start,
             "content_block_delta": self._block_delta,
+            "content_block_stop": self._block_stop,
             "message_delta": self._message_delta,
             "message_stop": self._message_stop,
             "message": self._message,
@@ -1907,7 +1926,7 @@ class _Anthropic(Dialect):
     def _message_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         message = _dict(payload.get("message"))
         id = _text(message.get("id"))
-        if self._id is not None and id != self._id:
+        if self._id is not None and (id != self._id or self._blocks):
             raise InvalidStreamError(
                 f"expected the end of message {self._id!r}, got the start of message {id!r}: "
                 "two answers in one stream, as of a proxy that asked again"
@@ -1917,16 +1936,19 @@ class _Anthropic(Dialect):
 
     def _block_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         index, block = _count(payload.get("index")), _dict(payload.get("content_block"))
-        self._blocks[index] = _Part(block)
-        yield from self._block(index, block, named)
+        self._open[index] = _Part(block)
+        self._blocks.append(self._open[index])
+        self._calls.pop(index, None)
+        # what a call has for input here is all, unless more comes
+        yield from self._block(index, {**block, "input": None}, named)
 
     def _block(self, index: int, block: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """What a block holds already, as it begins or whole"""
         kind = block.get("type")
         if kind == "tool_use":
-            self._calls[index] = len(self._calls)
-            given = block.get("input")
-            arguments = json.dumps(given, ensure_ascii=False) if given else ""
+            self._calls[index] = self._call_count
+            self._call_count += 1
+            arguments = _arguments_text(block.get("input") or "")
             call = ToolCall(self._calls[index], _text(block.get("id")), _text(block.get("name")), arguments)
             yield named._replace(tool_calls=(call,))
         elif kind == "text" and _text(block.get("text")):
@@ -1939,17 +1961,24 @@ class _Anthropic(Dialect):
         kind = _text(delta.get("type"))
         field = self._DELTAS.get(kind)
         piece = _text(delta.get(field)) if field else ""
-        block = self._blocks.setdefault(index, _Part({}))
+        block = self._open.setdefault(index, _Part({}))
         if field:
             block.append(field, piece)
         elif kind == "citations_delta":
-            block.update({"citations": [*_list(block.get("citations")), delta.get("citation")]})
+            block.gather("citations", delta.get("citation"))
         if kind == "text_delta" and piece:
             yield named._replace(text=piece)
         elif kind == "thinking_delta" and piece:
             yield named._replace(reasoning=piece)
         elif kind == "input_json_delta" and piece and index in self._calls:
             yield named._replace(tool_calls=(ToolCall(self._calls[index], arguments=piece),))
+
+    def _block_stop(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        index = _count(payload.get("index"))
+        block = self._open.get(index, _Part({}))
+        if index in self._calls and block.get("input") and not block.has_more("partial_json"):
+            arguments = _arguments_text(block.get("input"))
+            yield named._replace(tool_calls=(ToolCall(self._calls[index], arguments=arguments),))
 
     def _message_delta(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         named = named._replace(usage=self._counted(payload.get("usage")))
@@ -1985,7 +2014,7 @@ class _Anthropic(Dialect):
     def _whole_blocks(self) -> list[dict[str, Any]] | None:
         """The blocks as they can be sent back, None where one cannot"""
         blocks = []
-        for _, part in sorted(self._blocks.items()):
+        for part in self._blocks:
             block = part.whole()
             text = block.pop("partial_json", "")
             if text.strip():
@@ -2014,6 +2043,32 @@ class _Anthropic(Dialect):
             cache_write_tokens=cache_write,
             reasoning_tokens=_count(_dict(wire.get("output_tokens_details")).get("thinking_tokens")),
         )
+
+
+class _Parts:
+    """The parts of a candidate as they came, but for texts that came in pieces"""
+
+    def __init__(self) -> None:
+        self._whole: list[_Part] = []
+        self._beside: dict[str, Any] | None = None  # what is said beside the text that the last part is
+        #: whether they say more than a text does
+        self.are_special = False
+
+    def extend(self, parts: Iterable[dict[str, Any]]) -> None:
+        for part in parts:
+            beside = {name: value for name, value in part.items() if name != "text"}
+            self.are_special = self.are_special or bool(beside)
+            if "text" not in part or "thoughtSignature" in part:  # what is signed must come back as it was
+                self._whole.append(_Part(part))
+                self._beside = None
+            elif part["text"]:
+                if beside != self._beside:
+                    self._whole.append(_Part(beside))
+                    self._beside = beside
+                self._whole[-1].append("text", _text(part["text"]))
+
+    def parts(self) -> list[dict[str, Any]]:
+        return [part.whole() for part in self._whole]
 
 
 class _Gemini(Dialect):
@@ -2049,7 +2104,7 @@ class _Gemini(Dialect):
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
         self._finished: dict[int, bool] = dict.fromkeys(range(choices), False)
-        self._parts: dict[int, list[dict[str, Any]]] = {}  # of each candidate
+        self._whole: dict[int, _Parts] = {}  # of each candidate
         self._call_count: dict[int, int] = {}
 
     @classmethod
@@ -2201,7 +2256,8 @@ class _Gemini(Dialect):
     def _candidate(self, candidate: dict[str, Any], named: Chunk) -> Chunk:
         index = _count(candidate.get("index"))
         parts = [part for part in _list(_dict(candidate.get("content")).get("parts")) if isinstance(part, dict)]
-        self._parts.setdefault(index, []).extend(parts)
+        whole = self._whole.setdefault(index, _Parts())
+        whole.extend(parts)
         reason = _text(candidate.get("finishReason")) or None
         self._finished[index] = bool(reason) or self._finished.get(index, False)
         calls = tuple(self._tool_calls(parts, index))
@@ -2212,7 +2268,7 @@ class _Gemini(Dialect):
             finish_reason=reason,
             finish=self._finish(reason, index) if reason else None,
             index=index,
-            vendor=self._vendor(index) if reason else None,
+            vendor={self.name: whole.parts()} if reason and whole.are_special else None,
         )
 
     def _tool_calls(self, parts: list[dict[str, Any]], candidate: int) -> Iterator[ToolCall]:
@@ -2220,7 +2276,11 @@ class _Gemini(Dialect):
             if call:
                 index = self._call_count.get(candidate, 0)
                 self._call_count[candidate] = index + 1
-                arguments = json.dumps(_dict(call.get("args")), ensure_ascii=False)
+                if "partialArgs" in call or call.get("willContinue"):
+                    raise InvalidStreamError(
+                        "arguments of tool calls in parts (streamFunctionCallArguments) are not read"
+                    )
+                arguments = _arguments_text(call.get("args") or {})
                 yield ToolCall(index, _text(call.get("id")), _text(call.get("name")), arguments)
 
     def _finish(self, reason: str, candidate: int) -> str:
@@ -2229,23 +2289,6 @@ class _Gemini(Dialect):
         if reason == "MAX_TOKENS":
             return "length"
         return "refusal" if reason.replace("IMAGE_", "") in self._REFUSALS else "other"
-
-    def _vendor(self, candidate: int) -> dict[str, Any] | None:
-        """The parts as they came, but for texts that came in pieces; None where they are text alone"""
-        whole: list[_Part] = []
-        open_text: dict[str, Any] | None = None  # what is said beside the text that the last part is
-        for part in self._parts[candidate]:
-            beside = {name: value for name, value in part.items() if name != "text"}
-            if "text" not in part or "thoughtSignature" in part:  # what is signed must come back as it was
-                whole.append(_Part(part))
-                open_text = None
-            elif part["text"]:
-                if beside != open_text:
-                    whole.append(_Part(beside))
-                    open_text = beside
-                whole[-1].append("text", _text(part["text"]))
-        parts = [part.whole() for part in whole]
-        return {self.name: parts} if any(set(part) != {"text"} for part in parts) else None
 
     @staticmethod
     def _usage(wire: dict[str, Any]) -> Usage | None:
@@ -2281,10 +2324,12 @@ class _Responses(Dialect):
         self._number: int | None = None  # of the last event
         self._last: dict[str, Any] = {}
         self._named = False
-        self._calls: dict[int, ToolCall] = {}  # by output_index, without their arguments
-        self._argued: set[int] = set()  # those of which arguments came
-        self._thoughts: dict[int, tuple[str, int]] = {}  # by output_index: which kind of reasoning is given, which part
-        self._items: dict[int, dict[str, Any]] = {}
+        # by output_index, or by the item's id where there is none
+        self._calls: dict[Any, ToolCall] = {}  # without their arguments
+        self._argued: set[Any] = set()  # those of which arguments came
+        self._thoughts: dict[Any, tuple[str, int]] = {}  # which kind of reasoning is given, and which part of it
+        self._items: dict[Any, dict[str, Any]] = {}
+        self._said: list[str] = []
         self.event_names = self.event_names | self._TERMINAL | self._REASONING | {"response.output_text.delta"}
 
     # Requests
@@ -2295,7 +2340,7 @@ class _Responses(Dialect):
         limit = _moved(params, {"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"})
         body = {
             "model": model,
-            "input": [item for message in _identified(_checked_messages(messages)) for item in cls._input(message)],
+            "input": cls._items_of(_identified(_checked_messages(messages)), params.get("store") is not False),
             "stream": stream,
             **limit,
         }
@@ -2307,6 +2352,12 @@ class _Responses(Dialect):
             named = function and {"type": "function", "name": function.get("name")}
             body["tool_choice"] = named or choice
         return {**body, **params}
+
+    @classmethod
+    def _items_of(cls, messages: list[Mapping[str, Any]], stored: bool) -> list[Any]:
+        items = [item for message in messages for item in cls._input(message)]
+        # reasoning that is neither stored there nor sent along cannot be found
+        return [item for item in items if stored or item.get("type") != "reasoning" or item.get("encrypted_content")]
 
     @classmethod
     def _input(cls, message: Mapping[str, Any]) -> list[Any]:
@@ -2374,8 +2425,8 @@ class _Responses(Dialect):
         if response is payload:
             yield from self._document(response, named)
         elif kind in self._TERMINAL:
-            yield from self._ended(response, named)
-        elif kind == "error" or (not response and "error" in payload):
+            yield from self._ended(kind.rpartition(".")[2], response, named)
+        elif kind == "error" or (not response and payload.get("error")):
             yield named._replace(finish_reason="failed", finish="other")
             raise _stream_error(_reported_error(payload, certain=True) or _Reported(""))
         elif named.id or not response:
@@ -2396,27 +2447,26 @@ class _Responses(Dialect):
         return repeated
 
     def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
-        index, delta = _count(payload.get("output_index")), _text(payload.get("delta"))
+        item, delta = _dict(payload.get("item")), _text(payload.get("delta"))
+        index = payload.get("output_index", _text(payload.get("item_id")) or _text(item.get("id")))
         if kind == "response.output_text.delta":
+            self._said.append(delta)
             yield named._replace(text=delta)
         elif kind == "response.refusal.delta":
             yield named._replace(refusal=delta)
         elif kind in self._REASONING:
             yield named._replace(reasoning=self._reasoning(kind, index, payload, delta))
-        elif kind == "response.function_call_arguments.delta":
+        elif kind in ("response.function_call_arguments.delta", "response.custom_tool_call_input.delta"):
             yield from self._arguments(index, delta, named)
-        elif kind == "response.function_call_arguments.done":
-            if index not in self._argued:
-                yield from self._arguments(index, _text(payload.get("arguments")), named)
         elif kind == "response.output_item.added":
-            yield from self._item_added(index, _dict(payload.get("item")), named)
+            yield from self._item_added(index, item, named)
         elif kind == "response.output_item.done":
-            self._items[index] = _dict(payload.get("item"))
-            yield from self._item_added(index, self._items[index], named)
+            self._items[index] = item
+            yield from self._item_added(index, item, named)
         elif named.id:
             yield named
 
-    def _reasoning(self, kind: str, index: int, payload: dict[str, Any], delta: str) -> str:
+    def _reasoning(self, kind: str, index: Any, payload: dict[str, Any], delta: str) -> str:
         """A piece of reasoning: an item's summary or its whole text, not both; parts of it are paragraphs"""
         part = _count(payload.get("summary_index"), _count(payload.get("content_index")))
         given, before = self._thoughts.setdefault(index, (kind, part))
@@ -2425,17 +2475,17 @@ class _Responses(Dialect):
         self._thoughts[index] = (kind, part)
         return delta if part == before else "\n\n" + delta
 
-    def _arguments(self, index: int, piece: str, named: Chunk) -> Iterator[Chunk]:
+    def _arguments(self, index: Any, piece: str, named: Chunk) -> Iterator[Chunk]:
         call = self._calls.get(index)
         if call is not None and piece:
             self._argued.add(index)
             yield named._replace(tool_calls=(ToolCall(call.index, arguments=piece),))
 
-    def _item_added(self, index: int, item: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _item_added(self, index: Any, item: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """A tool call as it begins, or what is new in it as it ends"""
-        if item.get("type") != "function_call":
+        if item.get("type") not in ("function_call", "custom_tool_call"):
             return
-        arguments = _text(item.get("arguments"))
+        arguments = _text(item.get("arguments")) or _text(item.get("input"))
         if index not in self._calls:
             self._calls[index] = ToolCall(len(self._calls), _text(item.get("call_id")), _text(item.get("name")))
             if arguments:
@@ -2444,12 +2494,13 @@ class _Responses(Dialect):
         elif index not in self._argued:
             yield from self._arguments(index, arguments, named)
 
-    def _ended(self, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
-        """The chunk of a terminal event, and the error where it is one"""
-        status = _text(response.get("status")) or "completed"
+    def _ended(self, status: str, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        """The last chunks of an answer, and the error where it is one"""
         error = _reported_error(response)
+        status = "failed" if error else status
         items = [item for item in _list(response.get("output")) if isinstance(item, dict)]
-        items = items or [item for _, item in sorted(self._items.items())]
+        yield from self._missing(items, named)
+        items = items or list(self._items.values())
         kept = any(item.get("type") != "message" for item in items)
         self.whole = self.done = status != "failed"
         yield named._replace(
@@ -2461,6 +2512,21 @@ class _Responses(Dialect):
         if status == "failed":
             raise _stream_error(error or _Reported("it failed, and does not say why"))
 
+    def _missing(self, items: list[dict[str, Any]], named: Chunk) -> Iterator[Chunk]:
+        """What the whole answer has and its pieces had not"""
+        begun = {call.id for call in self._calls.values()}
+        for item in items:
+            if _text(item.get("call_id")) not in begun:
+                yield from self._item_added(_text(item.get("call_id")), item, named)
+        said = "".join(self._said)
+        text = "".join(_texts(_list(item.get("content"))) for item in items if item.get("type") == "message")
+        if text and not text.startswith(said):
+            raise InvalidStreamError(
+                f"the pieces of the text are not what its whole is, which ends {_excerpt(text[-50:])}"
+            )
+        if text[len(said) :]:
+            yield named._replace(text=text[len(said) :])
+
     def _finish(self, status: str, response: dict[str, Any]) -> str:
         if status == "completed":
             return "tool_calls" if self._calls else "stop"
@@ -2469,18 +2535,19 @@ class _Responses(Dialect):
 
     def _document(self, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """One response instead of a stream"""
-        for index, item in enumerate(map(_dict, _list(response.get("output")))):
+        items = [_dict(item) for item in _list(response.get("output"))]
+        for item in items:
             content = [part for part in _list(item.get("content")) if isinstance(part, dict)]
             if item.get("type") == "reasoning":
                 parts = [_text(_dict(part).get("text")) for part in _list(item.get("summary")) or content]
                 yield named._replace(reasoning="\n\n".join(filter(None, parts)))
             elif item.get("type") == "message":
-                refusal = "".join(_text(part.get("refusal")) for part in content)
-                yield named._replace(text=_texts(content), refusal=refusal)
-            else:
-                yield from self._item_added(index, item, named)
-        if response.get("status") in ("completed", "incomplete", "failed"):
-            yield from self._ended(response, named)
+                yield named._replace(refusal="".join(_text(part.get("refusal")) for part in content))
+        status = _text(response.get("status"))
+        if status in ("completed", "incomplete", "failed"):
+            yield from self._ended(status, response, named)
+        else:
+            yield from self._missing(items, named)
 
     @staticmethod
     def _usage(wire: dict[str, Any]) -> Usage | None:
@@ -2561,7 +2628,7 @@ class _Ollama(Dialect):
         if isinstance(content, str) and not made and "vendor" not in message and role == message.get("role"):
             return message
         known = {"role", "content", "tool_calls", "vendor"}
-        images = [cls._image(part) for part in _parts(content) if _image(part)]
+        images = [cls._image(part) for part in _parts(content) if _dict(part).get("type") != "text"]
         others = {name: value for name, value in message.items() if name not in known}
         said: dict[str, Any] = {
             "role": role,
@@ -2585,7 +2652,7 @@ class _Ollama(Dialect):
     def _image(part: Any) -> str:
         image = _image(part)
         if image is None or not image.data:
-            raise InvalidRequestError("Ollama takes images as data: URLs only, it fetches none")
+            raise InvalidRequestError("Ollama takes text, and images as data: URLs: it fetches none")
         return image.data
 
     # Answers
@@ -2623,7 +2690,7 @@ class _Ollama(Dialect):
     def _tool_calls(self, message: dict[str, Any]) -> Iterator[ToolCall]:
         for call in _list(message.get("tool_calls")):
             function = _dict(_dict(call).get("function"))
-            arguments = json.dumps(_dict(function.get("arguments")), ensure_ascii=False)
+            arguments = _arguments_text(function.get("arguments") or {})
             yield ToolCall(self._call_count, _text(_dict(call).get("id")), _text(function.get("name")), arguments)
             self._call_count += 1
 
