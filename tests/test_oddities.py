@@ -243,3 +243,108 @@ def test_a_part_that_ollama_knows_nothing_of_is_an_error_and_not_left_out():
     content = [{"type": "text", "text": "Hear"}, {"type": "input_audio", "input_audio": {"data": "e"}}]
     with pytest.raises(InvalidRequestError, match="Ollama takes text, and images"):
         sheepsse.DIALECTS["ollama"].body([{"role": "user", "content": content}], "m", {}, True)
+
+
+# What says nothing
+
+
+SAYS = {
+    "openai": sse(chunk({"content": "Good day"}), chunk(finish="stop"), "[DONE]"),
+    "openai-responses": numbered(*OPENING, *spoken("Good day"), COMPLETED),
+    "anthropic": named(message_start(), *text_block(0, "Good day"), *message_end()),
+    "gemini": sse(said("Good day", finish="STOP")),
+    "ollama": sse(line("Good day"), last()),
+}
+
+
+@pytest.mark.parametrize("dialect", SAYS)
+@pytest.mark.parametrize("nothing", ["null", "  "])
+def test_an_event_without_anything_in_it_says_nothing(dialect, nothing):
+    body = b"data: %s\n\n" % nothing.encode() + SAYS[dialect]
+    assert answer_of(dialect, body).text == answer_of("auto", body).text == "Good day"
+
+
+def test_events_that_no_dialect_knows_are_an_answer_that_was_cut():
+    _, error = collected("auto", sse({"unknown": 1}, {"type": "response"}))
+    assert isinstance(error, sheepsse.StreamInterrupted)
+    assert sheepsse.Dialect.recognises({"choices": []}) is False
+
+
+def test_an_anthropic_message_need_not_count_nor_say_why_in_its_first_delta():
+    start = message_start()
+    del start["message"]["usage"]
+    early = {"type": "message_delta", "delta": {"stop_reason": None}}
+    body = named(start, early, *text_block(0, "Good day"), {**message_end()[0], "usage": None}, message_end()[1])
+    answer = answer_of("anthropic", body)
+    assert (answer.text, answer.usage, answer.finish_reason) == ("Good day", None, "end_turn")
+
+
+def test_what_an_anthropic_message_keeps_has_no_empty_text_and_no_block_without_a_type():
+    blocks = [thinking_block(0, "Hm"), text_block(1), block(2, {})]
+    body = named(message_start(), *(payload for payloads in blocks for payload in payloads), *message_end())
+    assert [part["type"] for part in answer_of("anthropic", body).vendor["anthropic"]] == ["thinking"]
+
+
+def test_reasoning_that_responses_sends_twice_is_given_out_once():
+    body = numbered(
+        *OPENING, delta("reasoning_text", "Hm."), delta("reasoning_summary_text", "Hm."), *spoken("Yes"), COMPLETED
+    )
+    assert answer_of("openai-responses", body).reasoning == "Hm."
+
+
+def test_arguments_of_a_call_that_never_began_are_not_taken_for_another_ones():
+    piece = {"type": "response.function_call_arguments.delta", "output_index": 7, "delta": '{"at": 1}'}
+    assert answer_of("openai-responses", numbered(*OPENING, piece, *spoken("Yes"), COMPLETED)).tool_calls == ()
+
+
+def test_arguments_that_come_only_as_a_call_ends_are_its_arguments():
+    begun = item("added", id="i-0", type="function_call", call_id="t-1", name="look", arguments="")
+    body = numbered(*OPENING, begun, *tool_done(0, *CALLS[0])[1:], COMPLETED)
+    assert triples(answer_of("openai-responses", body)) == CALLS[:1]
+
+
+def test_an_event_that_came_before_is_skipped():
+    word = {**delta("output_text", "Good day"), "sequence_number": 2}
+    again = {**delta("output_text", "Again"), "sequence_number": 1}
+    body = numbered(*OPENING) + named(word, again) + numbered(COMPLETED, start=3)
+    assert answer_of("openai-responses", body).text == "Good day"
+
+
+# Requests that are odd
+
+
+def test_a_result_without_a_call_before_it_is_named_by_itself():
+    messages = [{"role": "tool", "tool_call_id": "t-9", "name": "look", "content": "3"}]
+    body = sheepsse.DIALECTS["gemini"].body(messages, "m", {}, True)
+    assert body["contents"][0]["parts"][0]["functionResponse"]["name"] == "look"
+
+
+def test_a_message_that_is_no_dict_goes_to_the_server_as_it_is_in_the_openai_dialect():
+    assert sheepsse.DIALECTS["openai"].body(["Good day?"], "m", {}, True)["messages"] == ["Good day?"]
+
+
+def test_a_part_that_is_a_text_is_one():
+    body = sheepsse.DIALECTS["openai-responses"].body([{"role": "user", "content": ["Good day?"]}], "m", {}, True)
+    assert body["input"][0]["content"] == [{"type": "input_text", "text": "Good day?"}]
+
+
+def test_the_details_of_reasoning_go_back_put_together():
+    details = [
+        {"type": "reasoning.text", "index": 0, "text": "H", "signature": None},
+        {"type": "reasoning.text", "index": 0, "text": "m", "signature": "s-1"},
+        {"type": "reasoning.encrypted", "index": 1, "data": "e"},
+    ]
+    call = {"index": 0, "id": "t-1", "function": {"name": "look", "arguments": "{}"}}
+    deltas = [*({"reasoning_details": [detail]} for detail in details), {"tool_calls": [call]}]
+    answer = answer_of("openai", sse(*map(chunk, deltas), chunk(finish="tool_calls"), "[DONE]"))
+    (sent,) = sheepsse.DIALECTS["openai"].body([answer.message], "m", {}, True)["messages"]
+    assert sent["reasoning_details"] == [
+        {"type": "reasoning.text", "index": 0, "text": "Hm", "signature": "s-1"},
+        {"type": "reasoning.encrypted", "index": 1, "data": "e"},
+    ]
+
+
+def test_done_is_no_end_of_a_response_that_did_not_end():
+    answer, error = collected("openai-responses", numbered(*OPENING, *spoken("Good day"), end=sse("[DONE]")))
+    assert isinstance(error, sheepsse.StreamInterrupted)
+    assert (answer.text, answer.complete) == ("Good day", False)
