@@ -2016,7 +2016,7 @@ class _Anthropic(Dialect):
         blocks = []
         for part in self._blocks:
             block = part.whole()
-            text = block.pop("partial_json", "")
+            text = _text(block.pop("partial_json", ""))
             if text.strip():
                 block["input"] = _json(text)
             if block.get("input") is _NO_JSON:
@@ -2448,7 +2448,9 @@ class _Responses(Dialect):
 
     def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         item, delta = _dict(payload.get("item")), _text(payload.get("delta"))
-        index = payload.get("output_index", _text(payload.get("item_id")) or _text(item.get("id")))
+        index = payload.get("output_index")
+        if not isinstance(index, int):
+            index = _text(payload.get("item_id")) or _text(item.get("id"))
         if kind == "response.output_text.delta":
             self._said.append(delta)
             yield named._replace(text=delta)

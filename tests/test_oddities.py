@@ -130,6 +130,12 @@ def test_items_without_a_position_are_told_apart_by_their_ids():
     assert triples(answer_of("openai-responses", numbered(*OPENING, *added, *pieces, COMPLETED))) == CALLS
 
 
+@pytest.mark.parametrize("index", [None, [], {}, "0"])
+def test_a_position_that_is_no_number_is_none(index):
+    payloads = [{**payload, "output_index": index} for payload in spoken("Good day")]
+    assert answer_of("openai-responses", numbered(*OPENING, *payloads, COMPLETED)).text == "Good day"
+
+
 def test_an_error_that_is_null_is_none():
     body = numbered(*OPENING, {**delta("output_text", "Good day"), "error": None}, COMPLETED)
     assert answer_of("openai-responses", body).text == "Good day"
@@ -277,6 +283,12 @@ def test_an_anthropic_message_need_not_count_nor_say_why_in_its_first_delta():
     body = named(start, early, *text_block(0, "Good day"), {**message_end()[0], "usage": None}, message_end()[1])
     answer = answer_of("anthropic", body)
     assert (answer.text, answer.usage, answer.finish_reason) == ("Good day", None, "end_turn")
+
+
+def test_a_block_of_anthropic_may_begin_with_anything():
+    blocks = [block(0, {"type": "thinking", "partial_json": 5}), block(1, {"type": [], "text": {}}), text_block(2, "x")]
+    body = named(message_start(), *(payload for payloads in blocks for payload in payloads), *message_end())
+    assert answer_of("anthropic", body).text == "x"
 
 
 def test_what_an_anthropic_message_keeps_has_no_empty_text_and_no_block_without_a_type():
