@@ -21,6 +21,9 @@ its 400 here as well: one that lost a signature, left a tool's call without a re
 The way of an answer, with what a body says on the left of `framed` and how it travels on the right::
 
     Answer --content_of--> Content --framed--> Framed --script--> bytes, pauses and faults --Connection--> socket
+
+A stream that was lost can be asked for again, as with the services: by `Last-Event-ID`, where the answer had `ids`; by
+the GET of a background response; by an answer's beginning that is to be continued; by words that are to be repeated.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import io
 import itertools
 import json
 import re
+import secrets
 import socket
 import ssl
 import struct
@@ -110,6 +114,30 @@ class Answer(NamedTuple):
     connection: str = "keep-alive"
     #: Take the request and end the connection, by `cut`, with no answer at all.
     drop: bool = False
+    #: The end of the completion's id, which every dialect but Ollama has: with another it is another generation.
+    generation: str = "local"
+    #: The ids of the events of an event stream (not of `events`): none; numbers from 1; unique, which nobody can guess;
+    #: or sparse, the number of the first event and of each third one after it. A stream with ids is remembered: the
+    #: same request with one of them as its Last-Event-ID gets it again, not billed, with the faults of the Answer whose
+    #: turn it is.
+    ids: str = "none"
+    #: What this answer says to a Last-Event-ID, or to the GET of a background response's stream: what comes after that
+    #: event; the same, inclusive of it; the whole stream; or forget, as if nothing were remembered, which answers a
+    #: Last-Event-ID with a new generation, of another id and other words.
+    replay: str = "after"
+    #: How this answer goes on where the request has its beginning: with the rest; with an echo of the beginning first,
+    #: echo-stripped of its trailing white space, or an echo-part, the first half of it; ignore says other words; refuse
+    #: is a 400. It is an assistant's message that has the beginning, the last of all: in Anthropic's dialect any, in
+    #: OpenAI's one with `prefix` or with `continue_final_message`. If `text` begins otherwise, all of it is said.
+    continuation: str = "rest"
+    #: How it goes on where the last message, a user's, quotes the last words (20 characters or more) of the answer
+    #: before it, if that is the beginning of `text`: it repeats them exactly, none of them, partially (their second
+    #: half), changed by a letter, or after a preamble; then comes the rest.
+    anchor: str = "exact"
+    #: What a plain GET of a background response finds: completed, or running, with half of its text and no usage.
+    job: str = "completed"
+    #: Whether a background response is too old to be streamed again, which is a 400.
+    expired: bool = False
 
 
 class Request(NamedTuple):
@@ -132,6 +160,8 @@ class Content(NamedTuple):
     status: int
     content_type: str
     pieces: Iterable[bytes]
+    #: Whether it is new: what was said before is not billed again.
+    new: bool = True
 
 
 class Call(NamedTuple):
@@ -147,7 +177,7 @@ class Refusal(ValueError):
 
 def checked(answer: Answer) -> Answer:
     """The answer itself; ValueError if one of its words is unknown."""
-    for field, allowed in (("framing", FRAMINGS), ("cut", CUTS), ("connection", CONNECTIONS)):
+    for field, allowed in WORDS.items():
         if getattr(answer, field) not in allowed:
             raise ValueError(f"expected {field} to be one of {', '.join(allowed)}, got {getattr(answer, field)!r}")
     return answer
@@ -188,6 +218,7 @@ class Route(NamedTuple):
     """Who says what is said to this method and end of the path, and in which dialect."""
 
     method: str
+    #: A regular expression.
     ending: str
     content: Callable[[Answer, Request], Content]
     dialect: Dialect
@@ -255,7 +286,7 @@ def content_of(answer: Answer, request: Request) -> Content:
 def route_of(request: Request) -> Route:
     """The first route of this method and path, else one that knows no path."""
     path = request.path.partition("?")[0]
-    fitting = (route for route in ROUTES if request.method == route.method and path.endswith(route.ending))
+    fitting = (route for route in ROUTES if request.method == route.method and re.search(route.ending + "$", path))
     return next(fitting, Route(request.method, path, _unknown_path, OPENAI))
 
 
@@ -355,6 +386,74 @@ def _pairs(headers: Headers) -> list[tuple[str, str | None]]:
 
 
 # ---------------------------------------------------------------------------
+# Answers that go on
+# What a model says when its answer was cut and the request has what was received, in the messages of any dialect.
+# ---------------------------------------------------------------------------
+
+CONTINUATIONS = ("rest", "echo", "echo-stripped", "echo-part", "ignore", "refuse")
+ANCHORS = ("exact", "none", "partial", "changed", "preamble")
+
+_NO_PREFILL = "This model does not support assistant message prefill. The conversation must end with a user message."
+_SHORTEST_ANCHOR = 20
+
+
+def prefilled(answer: Answer, message: Mapping[str, Any]) -> Answer:
+    """The answer with the text that goes on after this message, which is its beginning."""
+    require(answer.continuation != "refuse", _NO_PREFILL)
+    begun = plain_text(message)
+    if not answer.text.startswith(begun):
+        return answer
+    if answer.continuation == "ignore":
+        return answer._replace(text=_other_words(answer.text))
+    echoes = {"echo": begun, "echo-stripped": begun.rstrip(), "echo-part": begun[: len(begun) // 2]}
+    return answer._replace(text=echoes.get(answer.continuation, "") + answer.text[len(begun) :])
+
+
+def anchored(answer: Answer, messages: Sequence[Mapping[str, Any]]) -> Answer:
+    """The answer with the text that goes on from the words that the last message quotes, if it quotes some."""
+    if [message.get("role") for message in messages[-2:]] not in (["assistant", "user"], ["model", "user"]):
+        return answer
+    begun, asked = map(plain_text, messages[-2:])
+    words = _quoted_ending(begun, asked)
+    if not words or not answer.text.startswith(begun):
+        return answer
+    repeated = {"none": "", "partial": words[len(words) // 2 :], "changed": _misspelt(words)}.get(answer.anchor, words)
+    preamble = "Sure, here it is: " if answer.anchor == "preamble" else ""
+    return answer._replace(text=preamble + repeated + answer.text[len(begun) :])
+
+
+def another(answer: Answer) -> Answer:
+    """The answer as another generation: other ids, and other words from the first one on."""
+    text, thinking = _other_words(answer.text), _other_words(answer.thinking)
+    return answer._replace(generation=answer.generation + "_again", text=text, thinking=thinking)
+
+
+def plain_text(message: Mapping[str, Any]) -> str:
+    """The text of a message, whatever its dialect."""
+    content = message.get("content", message.get("parts")) or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def _other_words(text: str) -> str:
+    return f"On second thoughts: {text}"
+
+
+def _quoted_ending(text: str, quoting: str) -> str:
+    """The longest ending of the text that the other one holds; empty if it is a short one."""
+    size = 0
+    while size < len(text) and text[-size - 1 :] in quoting:
+        size += 1
+    return text[-size:] if size >= _SHORTEST_ANCHOR else ""
+
+
+def _misspelt(text: str) -> str:
+    """The text with another letter in its middle."""
+    middle = len(text) // 2
+    at = next((at for at in range(middle, len(text)) if text[at].isalpha()), middle)
+    return text[:at] + ("y" if text[at] == "x" else "x") + text[at + 1 :]
+
+
+# ---------------------------------------------------------------------------
 # The OpenAI chat dialect
 # Chunks, completions and the model list; each dialect is one such part and its rows in ROUTES.
 # ---------------------------------------------------------------------------
@@ -428,15 +527,16 @@ def json_completion(
 def chat_content(answer: Answer, request: Request) -> Content:
     """What POST .../chat/completions says: the answer's text, or a call of the first tool if the user may have one."""
     asked = request.json
-    tool = _tool_wanted(asked)
+    tool, answer = _tool_wanted(asked), _chat_resumed(answer, request)
     deltas = _call_deltas(tool) if tool else split_words(answer.text)
     finish, model, usage = "tool_calls" if tool else "stop", asked.get("model", MODEL), _usage(asked, deltas)
+    id = f"chatcmpl-{answer.generation}"
     if asked.get("stream") is True:
         wants_usage = (asked.get("stream_options") or {}).get("include_usage")
-        events = chat_events(deltas, model=model, finish=finish, usage=usage if wants_usage else None)
+        events = chat_events(deltas, model=model, id=id, finish=finish, usage=usage if wants_usage else None)
         return Content(answer.status, EVENT_STREAM, events)
     text, calls = (None, [_whole_call(tool)]) if tool else (answer.text, [])
-    completion = json_completion(text, model=model, finish=finish, usage=usage, tool_calls=calls)
+    completion = json_completion(text, model=model, id=id, finish=finish, usage=usage, tool_calls=calls)
     return Content(answer.status, JSON, [completion])
 
 
@@ -446,6 +546,22 @@ def models_content(answer: Answer, request: Request) -> Content:
         return gemini_models_content(answer, request)
     model = {"id": MODEL, "object": "model", "created": CREATED, "owned_by": "local"}
     return Content(answer.status, JSON, [dumps({"object": "list", "data": [model]})])
+
+
+def _chat_resumed(answer: Answer, request: Request) -> Answer:
+    """The answer as it goes on, if the request is for that in one of the ways that these services have."""
+    asked = request.json
+    messages, continues = asked.get("messages") or [], asked.get("continue_final_message")
+    # Without the second, vLLM takes it for true.
+    both = continues and asked.get("add_generation_prompt", True)
+    require(not both, "Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+    if not messages or messages[-1]["role"] != "assistant":
+        return anchored(answer, messages)
+    if messages[-1].get("prefix"):
+        beta = "/beta/" in request.path or not asked.get("model", MODEL).startswith("deepseek")
+        where = 'set base_url="https://api.deepseek.com/beta"'
+        require(beta, f"prefix is only available when using beta api ({where})")
+    return prefilled(answer, messages[-1]) if continues or messages[-1].get("prefix") else answer
 
 
 def _usage(asked: Mapping[str, Any], deltas: Sequence[Any]) -> Mapping[str, int]:
@@ -548,9 +664,12 @@ def _response_usage(prompt: int, items: Sequence[Mapping[str, Any]]) -> dict[str
 
 
 def response_events(response: Mapping[str, Any]) -> list[bytes]:
-    """The response as a stream, its last event named by its status."""
+    """The response as a stream, its last event named by its status; in the background it is queued first."""
     begun = {**response, "status": "in_progress", "output": [], "usage": None}
+    queued = {**begun, "status": "queued"}
     payloads = [_status_payload("created", begun), _status_payload("in_progress", begun)]
+    if response.get("background"):
+        payloads[:1] = [_status_payload("created", queued), _status_payload("queued", queued)]
     for index, item in enumerate(response["output"]):
         payloads += [{**payload, "output_index": index} for payload in _item_payloads(item)]
     payloads.append(_status_payload(response["status"], response))
@@ -561,14 +680,37 @@ def responses_content(answer: Answer, request: Request) -> Content:
     """What POST .../responses says: the answer's text, or a call of the first tool; reasoning first, if asked for."""
     asked = request.json
     _check_responses(asked)
+    answer = anchored(answer, [] if isinstance(asked["input"], str) else asked["input"])
     tool, reasoned = _response_tool(asked), bool(asked.get("reasoning"))
     items = [reasoning_item(answer.thinking)] if reasoned else []
     call_id = REASONED_CALL_ID if reasoned else CALL_ID
     items.append(call_item(sample_call(tool), call_id) if tool else message_item(answer.text))
-    response = response_object(*items, model=asked.get("model", MODEL), input_tokens=token_count(asked["input"]))
+    background: dict[str, Any] = {"background": True} if asked.get("background") is True else {}
+    # By its id a background response is asked for again, so no two are to have the same.
+    id = f"resp_{answer.generation}" + (f"_{secrets.token_hex(8)}" if background else "")
+    prompt, model = token_count(asked["input"]), asked.get("model", MODEL)
+    response = response_object(*items, model=model, id=id, input_tokens=prompt, **background)
     if asked.get("stream") is True:
         return Content(answer.status, EVENT_STREAM, response_events(response))
     return Content(answer.status, JSON, [dumps(response)])
+
+
+def unfinished(response: Mapping[str, Any], status: str) -> dict[str, Any]:
+    """The response before its end: half of its text, and no usage."""
+    messages = [{**item, "status": "incomplete"} for item in _of_type(response["output"], "message")]
+    output = [{**item, "content": [_half(part) for part in item["content"]]} for item in messages]
+    return {**response, "status": status, "output": output, "usage": None}
+
+
+def unknown_response_content(answer: Answer, request: Request) -> Content:
+    """What is said of a response that is not in the server's memory."""
+    id = request.path.partition("?")[0].partition("/responses/")[2].partition("/")[0]
+    return Content(404, JSON, [OPENAI.error(404, f"Response with id '{id}' not found.")])
+
+
+def _half(part: Mapping[str, Any]) -> dict[str, Any]:
+    words = split_words(part.get("text") or "")
+    return {**part, "text": "".join(words[: len(words) // 2])}
 
 
 def _status_payload(name: str, response: Mapping[str, Any]) -> dict[str, Any]:
@@ -787,15 +929,25 @@ def anthropic_content(answer: Answer, request: Request) -> Content:
     require(request.headers.get("anthropic-version"), "anthropic-version: header is required")
     asked = request.json
     _check_anthropic(asked)
-    tool = _anthropic_tool(asked)
+    tool, answer = _anthropic_tool(asked), _anthropic_resumed(answer, asked["messages"])
     blocks = [thinking_block(answer.thinking)] if _thinks(asked, "enabled", "adaptive") else []
     said = [text_block(answer.text)] if answer.text else []
     blocks += [tool_use_block(sample_call(tool, "input_schema"))] if tool else said
     prompt = token_count([asked.get("system"), asked["messages"]])
-    message = anthropic_message(*blocks, model=asked["model"], input_tokens=prompt)
+    id = f"msg_{answer.generation}"
+    message = anthropic_message(*blocks, model=asked["model"], id=id, input_tokens=prompt)
     if asked.get("stream") is True:
         return Content(answer.status, EVENT_STREAM, anthropic_events(message))
     return Content(answer.status, JSON, [dumps(message)])
+
+
+def _anthropic_resumed(answer: Answer, messages: Sequence[Mapping[str, Any]]) -> Answer:
+    """The answer as it goes on: any last message of the assistant's is its beginning."""
+    if messages[-1]["role"] == "user":
+        return anchored(answer, messages)
+    text = plain_text(messages[-1])
+    require(text == text.rstrip(), "messages: final assistant content cannot end with trailing whitespace")
+    return prefilled(answer, messages[-1])
 
 
 def _block_payloads(index: int, block: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -1033,6 +1185,7 @@ def gemini_models_content(answer: Answer, request: Request) -> Content:
 def _gemini_said(answer: Answer, request: Request) -> dict[str, Any]:
     asked = _camel_case(request.json)
     _check_gemini(request.json)
+    answer = anchored(answer, asked["contents"])
     config = _camel_case(_camel_case(asked.get("generationConfig")).get("thinkingConfig"))
     tool, signed = _gemini_tool(asked), {"thoughtSignature": signature(answer.text)}
     parts: list[dict[str, Any]] = [{"text": answer.thinking, "thought": True}] if config.get("includeThoughts") else []
@@ -1042,7 +1195,7 @@ def _gemini_said(answer: Answer, request: Request) -> dict[str, Any]:
     else:
         parts.append({"text": answer.text, **(signed if parts else {})})
     model = request.path.partition("?")[0].rpartition("/")[2].partition(":")[0]
-    return gemini_response(*parts, model=model, prompt_tokens=token_count(asked["contents"]))
+    return gemini_response(*parts, model=model, id=answer.generation, prompt_tokens=token_count(asked["contents"]))
 
 
 def _pieces(parts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -1212,7 +1365,7 @@ def ollama_chat_content(answer: Answer, request: Request) -> Content:
     """What POST .../api/chat says: the answer's text, or a call of the first tool; thinking first, if asked for."""
     asked = request.json
     _check_ollama(asked)
-    tool = _tool_wanted(asked)
+    tool, answer = _tool_wanted(asked), anchored(answer, asked["messages"])
     calls = [sample_call(tool)] if tool else []
     return _ollama_content(answer, asked, "" if tool else answer.text, *calls)
 
@@ -1283,6 +1436,8 @@ DIALECT_BASES: Mapping[str, str] = {
 ROUTES: list[Route] = [
     Route("POST", "/chat/completions", chat_content, OPENAI),
     Route("POST", "/responses", responses_content, OPENAI),
+    Route("GET", "/responses/[^/]+", unknown_response_content, OPENAI),
+    Route("POST", "/responses/[^/]+/cancel", unknown_response_content, OPENAI),
     Route("POST", "/messages", anthropic_content, ANTHROPIC),
     Route("POST", ":streamGenerateContent", gemini_stream_content, GEMINI),
     Route("POST", ":generateContent", gemini_content, GEMINI),
@@ -1293,6 +1448,140 @@ ROUTES: list[Route] = [
     Route("GET", "/models", models_content, OPENAI),
     Route("GET", "/api/tags", ollama_models_content, OLLAMA),
 ]
+
+
+# ---------------------------------------------------------------------------
+# Memory
+# What was said and may be asked for again: streams with ids, and background responses, by what their events say.
+# ---------------------------------------------------------------------------
+
+IDS = ("none", "numbers", "unique", "sparse")
+REPLAYS = ("after", "inclusive", "whole", "forget")
+JOBS = ("completed", "running")
+
+_REMEMBERED = 256
+_JOB_PATH = re.compile("/responses/([^/?]+)(/cancel)?(?:[?]|$)")
+_TOO_OLD = "This response can no longer be streamed because it is more than 5 minutes old"
+
+
+class Remembered(NamedTuple):
+    """A stream that had ids; an event without one has an empty one here."""
+
+    method: str
+    path: str
+    body: bytes
+    events: Sequence[bytes]
+    ids: Sequence[str]
+
+
+class Job(NamedTuple):
+    """A background response and its events."""
+
+    response: Mapping[str, Any]
+    events: Sequence[bytes]
+    cancelled: bool = False
+
+
+class Memory:
+    """What the server said and may be asked for again; the oldest is forgotten first."""
+
+    def __init__(self) -> None:
+        self.cancelled: list[str] = []
+        self._streams: deque[Remembered] = deque(maxlen=_REMEMBERED)
+        self._jobs: dict[str, Job] = {}
+
+    def content_of(self, answer: Answer, request: Request) -> Content:
+        """What this answer says to this request: again what was said, if that is asked for, or something new."""
+        if answer.drop or answer.status != 200:
+            return content_of(answer, request)
+        if answer.replay != "forget":
+            return self._again(answer, request) or self._anew(answer, request)
+        return self._anew(another(answer) if "Last-Event-ID" in request.headers else answer, request)
+
+    def _again(self, answer: Answer, request: Request) -> Content | None:
+        match = _JOB_PATH.search(request.path)
+        if match and match[1] in self._jobs and request.method == ("POST" if match[2] else "GET"):
+            return self._of_job(answer, request, match[1])
+        last = request.headers.get("Last-Event-ID")
+        return self._replayed(answer, request, last) if last else None
+
+    def _replayed(self, answer: Answer, request: Request, last: str) -> Content | None:
+        """The latest stream of this request that had this id, from there on."""
+        for stream in self._streams:
+            if stream[:3] == (request.method, request.path, request.body) and last in stream.ids:
+                at = stream.ids.index(last)
+                start = {"after": at + 1, "inclusive": at, "whole": 0}[answer.replay]
+                return Content(200, EVENT_STREAM, stream.events[start:], new=False)
+        return None
+
+    def _of_job(self, answer: Answer, request: Request, id: str) -> Content:
+        if request.method == "GET" and re.search("[?&]stream=true(&|$)", request.path):
+            return _job_stream(answer, request, self._jobs[id])
+        if request.method == "POST":
+            self.cancelled.append(id)
+            self._jobs[id] = self._jobs[id]._replace(cancelled=True)
+        response, _, cancelled = self._jobs[id]
+        if cancelled or answer.job == "running":
+            response = unfinished(response, "cancelled" if cancelled else "in_progress")
+        return Content(200, JSON, [dumps(response)], new=False)
+
+    def _anew(self, answer: Answer, request: Request) -> Content:
+        content = content_of(answer, request)
+        if answer.events is not None or not content.content_type.startswith("text/event-stream"):
+            return content
+        events = list(content.pieces)
+        self._keep_job(request, events)
+        if answer.ids != "none":
+            ids = _event_ids(answer.ids, events)
+            events = [_with_id(event, id) for event, id in zip(events, ids)]
+            self._streams.appendleft(Remembered(request.method, request.path, request.body, events, ids))
+        return content._replace(pieces=events)
+
+    def _keep_job(self, request: Request, events: Sequence[bytes]) -> None:
+        """Remember what these events say, if it is a response in the background."""
+        if not request.path.partition("?")[0].endswith("/responses") or b'"background"' not in request.body:
+            return
+        said = [payload["response"] for payload in map(_payload, events) if "response" in payload]
+        if said and said[0].get("background") is True:
+            self._jobs[said[0]["id"]] = Job(said[-1], events)
+        while len(self._jobs) > _REMEMBERED:
+            del self._jobs[next(iter(self._jobs))]
+
+
+def _job_stream(answer: Answer, request: Request, job: Job) -> Content:
+    """The events after the one whose number the request has; all of them, if it has none."""
+    if answer.expired:
+        return Content(400, JSON, [OPENAI.error(400, _TOO_OLD)])
+    match = re.search("[?&]starting_after=([0-9]+)(&|$)", request.path)
+    # OpenAI's is never inclusive: a client is to look at the numbers all the same.
+    start = -1 if match is None or answer.replay == "whole" else int(match[1]) - (answer.replay == "inclusive")
+    events = [event for event in job.events if _payload(event).get("sequence_number", -1) > start]
+    return Content(200, EVENT_STREAM, events, new=False)
+
+
+def _event_ids(kind: str, events: Iterable[bytes]) -> list[str]:
+    """The ids of these events; what has no data is no event, and has none."""
+    numbers = itertools.count(1)
+    return [_event_id(kind, next(numbers)) if re.search(rb"(^|[\r\n])data", event) else "" for event in events]
+
+
+def _event_id(kind: str, number: int) -> str:
+    if kind == "unique":
+        return secrets.token_hex(8)
+    return "" if kind == "sparse" and number % 3 != 1 else str(number)
+
+
+def _with_id(event: bytes, id: str) -> bytes:
+    """The event with an id after its first line, and with the line end that this has; as it is, if the id is empty."""
+    line = b"id: " + id.encode()
+    return re.sub(rb"\r\n|\n|\r", lambda end: end[0] + line + end[0], event, count=1) if id else event
+
+
+def _payload(event: bytes) -> Mapping[str, Any]:
+    """The JSON object that an event has as its data, of one line; an empty one if it has none."""
+    match = re.search(rb"(?:^|[\r\n])data: ?({[^\r\n]*})", event)
+    payload: Mapping[str, Any] = json.loads(match[1]) if match else {}
+    return payload
 
 
 # ---------------------------------------------------------------------------
@@ -1313,6 +1602,18 @@ FRAMINGS: Mapping[str, tuple[str, str]] = {
 CUTS = ("fin", "reset")
 CONNECTIONS = ("keep-alive", "close")
 COMMENT = b": keep-alive\n\n"
+
+#: The words that a field of an Answer may have.
+WORDS: Mapping[str, Iterable[str]] = {
+    "framing": FRAMINGS,
+    "cut": CUTS,
+    "connection": CONNECTIONS,
+    "ids": IDS,
+    "replay": REPLAYS,
+    "continuation": CONTINUATIONS,
+    "anchor": ANCHORS,
+    "job": JOBS,
+}
 
 #: HTTP/1.0 knows no chunks.
 _WITHOUT_CHUNKS = {"chunked": "close", "one-chunk": "close", "gzip": "gzip-close"}
@@ -1659,8 +1960,12 @@ class LocalProvider:
         self.sent_at: list[float] = []
         #: How many TCP connections were accepted.
         self.connections = 0
-        #: How many generations were started: a POST that is answered with a 200, whether or not anyone reads it.
+        #: How many generations were started: a POST that is answered with a 200, whether or not anyone reads it. To say
+        #: again what was said before starts none, nor does a cancel.
         self.billed = 0
+        self._memory = Memory()
+        #: The ids of the background responses that were cancelled, in that order; as a list it may be cleared.
+        self.cancelled = self._memory.cancelled
         self._queue = deque(map(checked, answers))
         self._key = key
         self._ssl_context = ssl_context
@@ -1687,6 +1992,11 @@ class LocalProvider:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def queued(self) -> Sequence[Answer]:
+        """The answers that wait for their requests."""
+        return tuple(self._queue)
 
     @property
     def open_connections(self) -> int:
@@ -1779,10 +2089,10 @@ class LocalProvider:
 
     async def _respond(self, connection: Connection, request: Request, answer: Answer) -> bool:
         # The gate of now: a release that comes before the stall itself is then not missed.
-        gate, content = self._gate, content_of(answer, request)
+        gate, content = self._gate, self._memory.content_of(answer, request)
         if request.version == "HTTP/1.0":
             answer = _close(answer._replace(framing=_WITHOUT_CHUNKS.get(answer.framing, answer.framing)))
-        self.billed += request.method == "POST" and content.status == 200 and not answer.drop
+        self.billed += request.method == "POST" and content.status == 200 and content.new and not answer.drop
         await asyncio.sleep(answer.delay)
         if answer.drop:
             return await _cut(connection, answer)
@@ -1897,6 +2207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Nobody looks at these here, and a server that runs for days is not to grow.
             server.requests.clear()
             server.sent_at.clear()
+            server.cancelled.clear()
 
 
 def _recorded(file: Path | None) -> dict[str, Any]:
