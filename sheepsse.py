@@ -23,6 +23,7 @@ The file is read from top to bottom; a section uses only those above it:
     7  Policies        when to wait, when to give up
     8  Transport       sockets that know their limits; the Retry-backed session; a plain EventSource client
     9  Resume          the same chunks across lost connections
+    10 Checkpoints     an append-only journal of chunks, which survives a kill
     11 Client          the sections above put together; the only one that opens sockets to a model
     14 Command line    ``python -m sheepsse "prompt"``
 """
@@ -78,6 +79,8 @@ __all__ = [
     "PROVIDERS",
     "RETRYABLE_STATUS",
     "AuthenticationError",
+    "CheckpointError",
+    "Checkpoints",
     "Chunk",
     "Client",
     "Completion",
@@ -116,6 +119,8 @@ __all__ = [
     "iter_text",
     "main",
     "parse_line",
+    "record",
+    "replay",
     "session",
     "stream",
 ]
@@ -347,6 +352,12 @@ class StreamCancelled(SheepError):
     """``cancel()`` was called; ``partial`` keeps what came"""
 
     code = "CANCELLED"
+
+
+class CheckpointError(SheepError):
+    """What was saved cannot be used, or nothing saved: damaged, in use, of another request, no room, no right"""
+
+    code = "CHECKPOINT_ERROR"
 
 
 _HIDDEN = "[hidden]"
@@ -3610,6 +3621,14 @@ def _require_event_stream(response: requests.Response, wire: _Wire) -> None:
 # ============================================================================================================
 
 
+def _messages(messages: Any) -> list[Any]:
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages is a str or a list of {{'role', 'content'}}, got {type(messages).__name__}")
+    return list(messages)
+
+
 def _resumed(
     read: Callable[[_T], Iterator[Chunk]], restart: Callable[[SheepError], _T], response: _T
 ) -> Iterator[Chunk]:
@@ -3624,6 +3643,681 @@ def _resumed(
             return
         except SheepError as error:
             response = restart(error)
+
+
+# ============================================================================================================
+# 10. Checkpoints: an append-only journal of chunks that survives a kill. May use: Values and above
+# ============================================================================================================
+
+#: of the journals' format; one of another version is left alone
+_JOURNAL_VERSION = 1
+#: what each journal begins with; the version follows
+_JOURNAL_MAGIC = b'{"sheepsse":'
+_JOURNAL_END = {"complete": True}
+# not ASCII alone: two lone surrogates, escaped, would come back as one character
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+#: Windows neither removes nor replaces a file that is open
+_CAN_REPLACE_OPEN = os.name == "posix"
+#: the byte of a file that is locked on Windows: far behind its end, for what is locked nobody else can read
+_LOCKED_BYTE = (1 << 31) - 2
+#: stands behind the name of a file while its successor is written
+_NEW = ".new"
+
+
+def _journal_line(content: Mapping[str, Any], before: int) -> tuple[bytes, int]:
+    """A line, and its checksum: the CRC-32 of its JSON and of that of all lines before, so that none can be missing"""
+    import zlib
+
+    try:
+        data = _to_json(content).encode("utf-8", "surrogatepass")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"a chunk cannot be kept, for it cannot be written as JSON: {error}") from error
+    checksum = zlib.crc32(data, before)
+    return b"%b %08x\n" % (data, checksum), checksum
+
+
+def _journal_lines(header: Mapping[str, Any], chunks: Iterable[Chunk]) -> bytes:
+    """A whole journal"""
+    lines, checksum = [], 0
+    for content in (header, *map(_chunk_fields, chunks), _JOURNAL_END):
+        line, checksum = _journal_line(content, checksum)
+        lines.append(line)
+    return b"".join(lines)
+
+
+def _chunk_fields(chunk: Chunk) -> dict[str, Any]:
+    """What a chunk says, for a line: without ``raw``, and without what is as it is by default"""
+    fields = _changed_fields(chunk)
+    fields.pop("raw", None)
+    if chunk.tool_calls:
+        fields["tool_calls"] = [_changed_fields(call) for call in chunk.tool_calls]
+    if chunk.usage is not None:
+        fields["usage"] = _changed_fields(chunk.usage)
+        if chunk.usage.cost is not None:
+            fields["usage"]["cost"] = str(chunk.usage.cost)  # exact, as a number in JSON would not be
+    return fields
+
+
+def _changed_fields(value: Any) -> dict[str, Any]:
+    defaults = value._field_defaults
+    return {name: part for name, part in zip(value._fields, value) if part != defaults[name]}
+
+
+def _chunk_of_fields(fields: dict[str, Any]) -> Chunk:
+    if "tool_calls" in fields:
+        fields["tool_calls"] = tuple(ToolCall(**call) for call in fields["tool_calls"])
+    if "usage" in fields:
+        usage = fields["usage"]
+        if "cost" in usage:
+            from decimal import Decimal  # heavy, and few answers carry a cost
+
+            usage["cost"] = Decimal(usage["cost"])
+        fields["usage"] = Usage(**usage)
+    return Chunk(**fields)
+
+
+class _Saved(NamedTuple):
+    """What a journal holds"""
+
+    #: ``name`` and ``request`` where it was opened with them; empty where nothing was saved yet
+    header: Mapping[str, Any] = {}
+    chunks: Sequence[Chunk] = ()
+    #: how the text was made whole, as Stream.continuity has it
+    continuity: str = "single"
+    complete: bool = False
+    #: how many bytes are good: what is behind them is a torn line
+    size: int = 0
+    #: of the last good line
+    checksum: int = 0
+
+
+def _is_journal(data: bytes) -> bool:
+    """Whether a file is one of ours, be it cut off in its first bytes"""
+    return data.startswith(_JOURNAL_MAGIC) or _JOURNAL_MAGIC.startswith(data)
+
+
+def _saved_in(data: bytes, path: str) -> _Saved:
+    """What the bytes of a journal say, but for a torn last line; CheckpointError for any other damage"""
+    if not _is_journal(data):
+        raise CheckpointError(f"{path} is no checkpoint and was left as it is: choose another place, or move it away")
+    lines = data.split(b"\n")
+    torn = lines.pop()
+    if not lines:  # killed while it wrote the first one
+        return _Saved()
+    version = re.match(rb"[0-9]{1,9}(?=[,}])", lines[0][len(_JOURNAL_MAGIC) :])
+    if version and int(version.group()) != _JOURNAL_VERSION:
+        raise CheckpointError(
+            f"{path} is of version {version.group().decode()} of the format, and sheepsse {__version__} reads version "
+            f"{_JOURNAL_VERSION}: use the sheepsse that wrote it, or remove it to ask anew"
+        )
+    contents, size, checksum = _good_lines(lines, path)
+    if len(contents) < len(lines) - (not torn) or not contents:
+        raise _damaged(path, f"line {len(contents) + 1} is not as it was written")
+    complete = contents[-1] == _JOURNAL_END
+    lines_between = contents[1 : -1 if complete else None]
+    notes = [fields["continuity"] for fields in lines_between if isinstance(fields, dict) and "continuity" in fields]
+    try:
+        chunks = [_chunk_of_fields(fields) for fields in lines_between if "continuity" not in fields]
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise _damaged(path, f"a line is no chunk: {error}") from error
+    return _Saved(contents[0], chunks, notes[-1] if notes else "single", complete, size, checksum)
+
+
+def _good_lines(lines: Sequence[bytes], path: str) -> tuple[list[Any], int, int]:
+    """What the lines say up to the first that is not as it was written, their bytes, and the last checksum"""
+    import zlib
+
+    contents: list[Any] = []
+    size = checksum = 0
+    for line in lines:
+        data = line[:-9]
+        found = zlib.crc32(data, checksum)
+        if line[-9:] != b" %08x" % found:
+            break
+        try:
+            contents.append(json.loads(data.decode("utf-8", "surrogatepass")))
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, f"line {len(contents) + 1} is no JSON: {error}") from error
+        size += len(line) + 1
+        checksum = found
+    return contents, size, checksum
+
+
+def _damaged(path: str, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged, and was left as it is: {how}; bring back a whole copy, or remove it to ask anew"
+    )
+
+
+def _failed(path: str, what: str, error: Exception) -> CheckpointError:
+    """The error for what the operating system refused, in its own words"""
+    reason = getattr(error, "strerror", None) or error
+    return CheckpointError(f"{path} cannot be {what}: {reason}; mend that and try again, for what it holds is kept")
+
+
+def _opened(path: str, flags: int) -> io.FileIO | None:
+    """The regular file at a path, for its owner alone where it is made; None where there is none"""
+    import stat
+
+    # a link could lead to any file of the user's, and a pipe would be waited for
+    more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags | more, 0o600)
+    except FileNotFoundError as error:
+        if flags & os.O_CREAT:
+            raise _failed(path, "made", error) from error
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, OSError) and os.path.islink(path):
+            raise _not_regular(path) from error
+        raise _failed(path, "opened", error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return io.FileIO(descriptor, "r" if flags == os.O_RDONLY else "r+")
+
+
+def _not_regular(path: str) -> CheckpointError:
+    return CheckpointError(f"{path} is a link or no regular file, and was left as it is: choose another place")
+
+
+def _lock(file: io.FileIO) -> None:
+    """Takes the file for this opening of it alone, or raises OSError at once"""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # Windows alone has them
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(file: io.FileIO) -> None:
+    """Gives the file free also where a forked process has it open"""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+    else:
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _locked(path: str, flags: int) -> io.FileIO | None:
+    """The file at a path, opened and locked; None where there is none, CheckpointError where another has the lock"""
+    import errno
+
+    while True:
+        file = _opened(path, flags)
+        if file is None:
+            return None
+        try:
+            _lock(file)
+            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+                return file
+        except FileNotFoundError:
+            pass  # removed between opening and locking: what is locked is nobody's any more
+        except OSError as error:
+            file.close()
+            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                raise CheckpointError(
+                    f"{path} is in use by another process or thread: wait for its end, or choose another name",
+                    retryable=True,
+                ) from error
+            raise _failed(path, "locked", error) from error
+        file.close()
+
+
+def _read_whole(file: io.FileIO, path: str) -> bytes:
+    try:
+        file.seek(0)
+        return file.readall()
+    except OSError as error:
+        raise _failed(path, "read", error) from error
+
+
+def _saved_at(path: str) -> _Saved:
+    """What the journal at a path holds, without a lock: nothing where there is none"""
+    file = _opened(path, os.O_RDONLY)
+    if file is None:
+        return _Saved()
+    with file:
+        return _saved_in(_read_whole(file, path), path)
+
+
+def _make_folder(path: str) -> None:
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise _failed(folder, "made", error) from error
+
+
+def _write_new(path: str, data: bytes) -> None:
+    """Makes a file, which is on the disk when this returns"""
+    file = _opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    assert file is not None  # for it is made where there is none
+    with file:
+        try:
+            _write_all(file, data)
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise _failed(path, "written", error) from error
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:  # a disk that becomes full takes a part, and refuses the next
+        left = left[os.write(file.fileno(), left) :]
+
+
+def _remove(file: io.FileIO, path: str) -> None:
+    """Removes a locked file, and what a kill left of its successor"""
+    if not _CAN_REPLACE_OPEN:
+        file.close()
+    for name in (path + _NEW, path):
+        try:
+            os.unlink(name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _failed(name, "removed", error) from error
+
+
+class _Journal:
+    """A file of chunks that only grows: after a kill at any moment it holds all that was appended
+
+    A header, a line a chunk, and a last line that says it is complete. It is locked, so that one opening of it
+    writes at a time; one that is complete holds no lock. A torn last line is taken for none, and cut off before
+    more is appended. Belongs to one thread, and to the process that opened it: not across a fork.
+    """
+
+    def __init__(self, path: str, header: Mapping[str, Any], saved: _Saved, file: io.FileIO | None) -> None:
+        self._path = path
+        self._header = {"sheepsse": _JOURNAL_VERSION, **header}
+        self._file = file
+        #: what was saved when it was opened
+        self.chunks = list(saved.chunks)
+        self.continuity = saved.continuity
+        self.complete = saved.complete
+        self._end = saved.size, saved.checksum
+        self._torn = True  # there may be bytes behind the end
+        self._process = os.getpid()
+
+    @classmethod
+    def open(cls, path: str, refresh: bool = False, *, name: str | None = None, request: str | None = None) -> _Journal:
+        """Opens a journal to go on with it; CheckpointError at once where another has it open
+
+        ``refresh`` leaves out what was saved: that is given up when there is something newer, at the first append.
+        ``name`` and ``request`` must be those it was made with.
+        """
+        header = {key: value for key, value in (("name", name), ("request", request)) if value is not None}
+        _make_folder(path)
+        if not refresh:
+            saved = _saved_if_complete(path)
+            if saved is not None:
+                _check_header(saved, header, path)
+                return cls(path, header, saved, None)
+        file = _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        assert file is not None  # for it is made where there is none
+        try:
+            data = _read_whole(file, path)
+            saved = _Saved() if refresh and _is_journal(data) else _saved_in(data, path)
+            _check_header(saved, header, path)
+        except BaseException:
+            file.close()
+            raise
+        journal = cls(path, header, saved, file)
+        if saved.complete:  # by another, in the meantime
+            journal.close()
+        return journal
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def append(self, chunk: Chunk) -> None:
+        """Keeps a chunk, by one write; where that fails with CheckpointError, the file still has all before it"""
+        self._write(_chunk_fields(chunk))
+
+    def note(self, continuity: str) -> None:
+        """Keeps how the text was made whole"""
+        if continuity != self.continuity:
+            self._write({"continuity": continuity})
+            self.continuity = continuity
+
+    def finish(self) -> None:
+        """Says that this was all; it is on the disk when this returns"""
+        self._write(_JOURNAL_END)
+        file = self._writable()
+        self.complete = True
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise _failed(self._path, "written", error) from error
+
+    def restart(self) -> None:
+        """Leaves out what was saved, which is given up when there is something newer, at the first append"""
+        self.chunks, self.continuity, self.complete = [], "single", False
+        self._end, self._torn = (0, 0), True
+
+    def replace(self, chunks: Iterable[Chunk]) -> None:
+        """Puts these chunks, complete, in the place of what was saved: all or, when killed, none; closes it"""
+        _write_new(self._path + _NEW, _journal_lines(self._header, chunks))
+        if not _CAN_REPLACE_OPEN:
+            self.close()
+        try:
+            os.replace(self._path + _NEW, self._path)
+        except OSError as error:
+            raise _failed(self._path, "replaced", error) from error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Gives the lock back; may be called again"""
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                if self._process == os.getpid():  # a fork that closes its copy does not end our lock
+                    _unlock(file)
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        file = self._writable()
+        size, checksum = self._end
+        header = b""
+        if not size:  # the header comes with the first line: a file without a chunk is an empty one
+            header, checksum = _journal_line(self._header, 0)
+        line, checksum = _journal_line(content, checksum)
+        self.cut()
+        self._torn = True  # until all is written, also where Ctrl-C comes in between
+        try:
+            _write_all(file, header + line)
+        except OSError as error:
+            raise _failed(self._path, "written", error) from error
+        self._end = size + len(header) + len(line), checksum
+        self._torn = False
+
+    def cut(self) -> None:
+        """Cuts off what is behind the last good line"""
+        if self._torn:
+            try:
+                os.ftruncate(self._writable().fileno(), self._end[0])
+            except OSError as error:
+                raise _failed(self._path, "written", error) from error
+            self._torn = False
+
+    def _writable(self) -> io.FileIO:
+        if self._file is None or self.complete:
+            raise CheckpointError(f"{self._path} is complete or closed: open it with refresh=True to write it anew")
+        return self._file
+
+
+def _saved_if_complete(path: str) -> _Saved | None:
+    """What a complete journal holds, by reading alone, so that many may and a read-only folder will do; else None"""
+    try:
+        saved = _saved_at(path)
+    except CheckpointError:  # under the lock it is found out whether it is damaged, or was just being cut
+        return None
+    return saved if saved.complete else None
+
+
+def _check_header(saved: _Saved, header: Mapping[str, Any], path: str) -> None:
+    """CheckpointError where a journal was made for something else"""
+    if not saved.size:
+        return
+    if "name" in header and saved.header.get("name") != header["name"]:
+        raise CheckpointError(f"{path} holds the checkpoint {saved.header.get('name')!r}, not {header['name']!r}")
+    if "request" in header and saved.header.get("request") != header["request"]:
+        raise CheckpointError(
+            f"the checkpoint {saved.header.get('name')!r} holds the answer to another request ({path}): give this one "
+            f"another name, clear() that one, or pass refresh=True to have it replaced"
+        )
+
+
+def _request_key(request: Any) -> str:
+    """The hash of a request: of what its JSON says, in whatever order its keys are"""
+    import hashlib
+
+    try:
+        canonical = json.dumps(request, sort_keys=True, separators=(",", ":")).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the request cannot be written as JSON: {error}") from error
+    return hashlib.sha256(canonical).hexdigest()
+
+
+#: what a call takes and no answer depends on, or what may hold a key: no part of a request's hash
+_NOT_ASKED = frozenset(
+    (
+        "alignment",
+        "api_key",
+        "breaker",
+        "checkpoint",
+        "client",
+        "deadline",
+        "fallback",
+        "first_timeout",
+        "headers",
+        "idle_timeout",
+        "limiter",
+        "max_event_size",
+        "on_retry",
+        "prices",
+        "refresh",
+        "resume",
+        "resume_from",
+        "retry",
+        "session",
+        "timeout",
+    )
+)
+
+
+class Checkpoints:
+    """Answers, finished or not, in a folder: a file each, for the user's eyes only
+
+    ``max_age`` is the seconds after its last change that ``expire()`` leaves a checkpoint; nothing else removes
+    one by its age. A name may be any str: it is kept in the file, and the file's own name is made of its hash.
+    Iteration gives the names. May be shared between threads; each checkpoint has one writer at a time.
+    CheckpointError where the operating system refuses, or a file is damaged.
+    """
+
+    def __init__(self, dir: str | os.PathLike[str], max_age: float | None = None) -> None:
+        self._folder = os.fsdecode(dir)
+        self._max_age = max_age
+
+    def __repr__(self) -> str:
+        return f"Checkpoints({self._folder!r}, max_age={self._max_age!r})"
+
+    def key(self, messages: str | Iterable[Mapping[str, Any]], **params: Any) -> str:
+        """A name for a request: the hash of its messages and of all that its answer depends on
+
+        The same for any order of the keys in it, whatever the key, the headers, the time-outs and the like.
+        """
+        asked = {name: value for name, value in params.items() if name not in _NOT_ASKED}
+        asked.update(asked.pop("extra_body", None) or {})
+        return _request_key({"messages": _messages(messages), "params": asked})
+
+    def save(self, name: str, text: str) -> None:
+        """Keeps a text as a complete answer, in the place of what there was: all of it or, when killed, nothing"""
+        with _Journal.open(self._path(name), refresh=True, name=name) as journal:
+            journal.replace([Chunk(text=text)])
+
+    def load(self, name: str) -> Completion | None:
+        """What was saved, ``complete`` or as far as it came; None where there is no checkpoint"""
+        path = self._path(name)
+        saved = _saved_at(path)
+        _check_header(saved, {"name": name}, path)
+        if not saved.size:
+            return None
+        answer = _Answer()
+        for chunk in saved.chunks:
+            answer.add(chunk)
+        answer.complete = saved.complete
+        return answer.completion()
+
+    def clear(self, name: str) -> None:
+        """Removes a checkpoint, where there is one; CheckpointError where it is being written"""
+        path = self._path(name)
+        file = _locked(path, os.O_RDONLY)
+        if file is not None:
+            with file:
+                _remove(file, path)
+
+    def expire(self) -> list[str]:
+        """Removes those that are older than ``max_age`` and not in use, and gives their names; none where it is None"""
+        removed = []
+        for path in self._paths() if self._max_age is not None else ():
+            try:
+                file = _locked(path, os.O_RDONLY)
+            except CheckpointError as error:
+                if error.retryable:  # in use
+                    continue
+                raise
+            if file is not None:
+                with file:
+                    removed += self._expired(file, path)
+        return removed
+
+    def _expired(self, file: io.FileIO, path: str) -> list[str]:
+        """Removes a file if it is due, and gives its name, if it has one"""
+        assert self._max_age is not None
+        status = os.fstat(file.fileno())
+        name = _name_in(file, path)
+        if time.time() - status.st_mtime <= self._max_age or (name is None and status.st_size):
+            return []
+        _remove(file, path)
+        return [] if name is None else [name]
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self._paths():
+            file = _opened(path, os.O_RDONLY)
+            if file is not None:
+                with file:
+                    name = _name_in(file, path)
+                if name is not None:
+                    yield name
+
+    def named(self, name: str) -> _Checkpoint:
+        """This checkpoint, for ``checkpoint=``; a name is for one request"""
+        return _Checkpoint(self._folder, _checked_name(name))
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._folder, _file_name(_checked_name(name)))
+
+    def _paths(self) -> list[str]:
+        """The files that may be checkpoints, sorted"""
+        try:
+            names = sorted(os.listdir(self._folder))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            raise _failed(self._folder, "read", error) from error
+        return [os.path.join(self._folder, name) for name in names if _FILE_NAME.fullmatch(name)]
+
+
+class _Checkpoint(NamedTuple):
+    """Where a call keeps its answer"""
+
+    folder: str
+    #: None is the request's hash
+    name: str | None = None
+
+    def open(self, request: str, refresh: bool = False) -> _Journal:
+        """The journal for a request, by its hash; CheckpointError where it holds the answer to another"""
+        name = request if self.name is None else self.name
+        path = os.path.join(self.folder, _file_name(name))
+        return _Journal.open(path, refresh, name=name, request=request)
+
+
+def _as_checkpoint(place: Any) -> _Checkpoint:
+    """What ``checkpoint=`` names: a folder, Checkpoints, or one of them by name"""
+    if isinstance(place, _Checkpoint):
+        return place
+    if isinstance(place, Checkpoints):
+        return _Checkpoint(place._folder)
+    if isinstance(place, (str, os.PathLike)):
+        return _Checkpoint(os.fsdecode(place))
+    raise TypeError(f"checkpoint is a folder, Checkpoints(...) or Checkpoints(...).named(...), got {place!r}")
+
+
+#: what _file_name makes
+_FILE_NAME = re.compile(r"(?:[\w-]+-)?[0-9a-f]{32}\.jsonl|[0-9a-f]{64}\.jsonl", re.ASCII)
+
+
+def _file_name(name: str) -> str:
+    """The file for a name: some of it for the reader, and a hash of it, which differs wherever names do
+
+    So no name leads out of the folder, is too long, or is that of a device, and none meets another where case
+    does not count. The hash of a request stands for itself.
+    """
+    import hashlib
+
+    if re.fullmatch("[0-9a-f]{64}", name):
+        return f"{name}.jsonl"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    shown = re.sub(r"[^\w-]+", "_", name[:40], flags=re.ASCII).strip("_-")
+    return f"{shown}-{digest}.jsonl" if shown else f"{digest}.jsonl"
+
+
+def _checked_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a checkpoint is a str, got {name!r}")
+    return name
+
+
+def _name_in(file: io.FileIO, path: str) -> str | None:
+    """The name that a file was saved by, None where it was not, or cannot be read"""
+    blocks = [b""]
+    try:
+        while b"\n" not in blocks[-1]:
+            blocks.append(file.read(_BLOCK))
+            if not blocks[-1] or not _is_journal(blocks[1]):
+                return None
+    except OSError as error:
+        raise _failed(path, "read", error) from error
+    contents, _, _ = _good_lines(b"".join(blocks).split(b"\n", 1)[:1], path)
+    name = contents[0].get("name") if contents else None
+    return name if isinstance(name, str) and _file_name(name) == os.path.basename(path) else None
+
+
+def record(chunks: Iterable[Chunk], path: str | os.PathLike[str]) -> Iterator[Chunk]:
+    """The same chunks, each kept in the file at ``path`` before it is given on, but for its ``raw``
+
+    The file is made anew, for its owner's eyes only, when the first chunk is asked for, and is complete when
+    ``chunks`` ends without an error. CheckpointError where that cannot be, as where another writes it.
+    """
+    with _Journal.open(os.fsdecode(path), refresh=True) as journal:
+        journal.cut()
+        for chunk in chunks:
+            journal.append(chunk)
+            yield chunk
+        journal.finish()
+
+
+def replay(path: str | os.PathLike[str]) -> Iterator[Chunk]:
+    """The chunks that ``record`` kept in a file
+
+    StreamInterrupted, with ``partial``, at the end of those that are not complete; CheckpointError where there is
+    no such file, or it is damaged.
+    """
+    path = os.fsdecode(path)
+    saved = _saved_at(path)
+    if not saved.size and not os.path.exists(path):
+        raise CheckpointError(f"there is no checkpoint at {path}: record(chunks, path) makes one")
+    answer = _Answer()
+    for chunk in saved.chunks:
+        answer.add(chunk)
+        yield chunk
+    if not saved.complete:
+        error = StreamInterrupted(f"what is kept in {path} is not all: its writer was cut off, or is still writing")
+        _set_partial(error, answer)
+        raise error
 
 
 # ============================================================================================================
@@ -4631,14 +5325,6 @@ def _model_names(answer: Any) -> Iterator[str]:
     names += [_dict(row).get("name") for row in _list(answer.get("models"))]  # Gemini, Ollama
     for name in filter(None, map(_text, names)):
         yield name[len("models/") :] if name.startswith("models/") else name
-
-
-def _messages(messages: Any) -> list[Any]:
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Iterable):
-        raise TypeError(f"messages is a str or a list of {{'role', 'content'}}, got {type(messages).__name__}")
-    return list(messages)
 
 
 class _Default:

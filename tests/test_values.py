@@ -290,6 +290,7 @@ KINDS = {
     sheepsse.StreamError: ("STREAM_ERROR", False),
     sheepsse.StreamInterrupted: ("CONNECTION_LOST", True),
     sheepsse.StreamCancelled: ("CANCELLED", False),
+    sheepsse.CheckpointError: ("CHECKPOINT_ERROR", False),
 }
 #: a value for everything that an error can be given
 GIVEN = {
