@@ -31,6 +31,7 @@ The file is read from top to bottom; a section uses only those above it:
 from __future__ import annotations
 
 import contextlib
+import copy
 import email.utils
 import io
 import itertools
@@ -51,6 +52,7 @@ from typing import (
     Any,
     Callable,
     Dict,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -234,6 +236,8 @@ class SheepError(requests.RequestException):
     vendor_code: str | int | None = None
     #: all that was received before the error; an empty Completion where nothing was
     partial: Completion
+    #: where the stream was lost, for ``resume_from=``
+    resume_point: ResumePoint
     #: what the server itself said of retrying (x-should-retry), or None
     _server_says: bool | None = None
 
@@ -344,8 +348,6 @@ class StreamInterrupted(SheepError):
 
     code = "CONNECTION_LOST"
     retryable = True
-    #: where the stream was lost
-    resume_point: ResumePoint
 
 
 class StreamCancelled(SheepError):
@@ -631,7 +633,7 @@ class Completion(NamedTuple):
 
 
 class ResumePoint(NamedTuple):
-    """Where a stream was lost; plain data, which JSON can carry"""
+    """Where a stream was lost, for ``resume_from=``, also in another process; plain data, which JSON can carry"""
 
     #: the id of the last event received, "" where the server sends none
     event_id: str = ""
@@ -639,10 +641,19 @@ class ResumePoint(NamedTuple):
     tokens_received: int | None = None
     #: characters of text received
     chars_received: int = 0
+    #: the text received
+    text: str = ""
+    #: all else that is needed to go on, as JSON
+    cursor: str = ""
 
 
 SheepError.partial = Completion()
-StreamInterrupted.resume_point = ResumePoint()
+SheepError.resume_point = ResumePoint()
+
+
+def _says(chunk: Chunk) -> bool:
+    """Whether a chunk brings a piece of the answer itself"""
+    return bool(chunk.text or chunk.reasoning or chunk.refusal or chunk.tool_calls)
 
 
 class _Answer:
@@ -655,6 +666,7 @@ class _Answer:
         self.refusal: list[str] = []
         self.tool_calls: dict[int, tuple[str, str, list[str]]] = {}
         self.finish_reason: str | None = None
+        self.finish: str | None = None
         self.vendor: Mapping[str, Any] | None = None
         self.usage: Usage | None = None
         self.model = ""
@@ -665,7 +677,7 @@ class _Answer:
         self.given = False
 
     def add(self, chunk: Chunk) -> None:
-        if chunk.text or chunk.reasoning or chunk.refusal or chunk.tool_calls:
+        if _says(chunk):
             self.given = True
         if chunk.usage is not None:  # cumulative where it is repeated: the last one counts
             self.usage = chunk.usage
@@ -686,7 +698,7 @@ class _Answer:
         if chunk.refusal:
             self.refusal.append(chunk.refusal)
         if chunk.finish_reason:
-            self.finish_reason = chunk.finish_reason
+            self.finish_reason, self.finish = chunk.finish_reason, chunk.finish
         if chunk.vendor:
             self.vendor = chunk.vendor
         for call in chunk.tool_calls:
@@ -694,6 +706,14 @@ class _Answer:
             id, name, arguments = self.tool_calls.get(call.index, ("", "", []))
             arguments.append(call.arguments)
             self.tool_calls[call.index] = (id or call.id, name or call.name, arguments)
+
+    def without_failure(self) -> _Answer:
+        """The same, where its finish reason says that the server gave up as if it had not ended"""
+        if self.finish != "other":
+            return self
+        answer = copy.copy(self)
+        answer.finish_reason = answer.finish = answer.vendor = None
+        return answer
 
     def calls(self) -> tuple[ToolCall, ...]:
         return tuple(
@@ -715,12 +735,34 @@ class _Answer:
             vendor=self.vendor,
         )
 
-    def resume_point(self) -> ResumePoint:
+    def resume_point(self, events: Sequence[Sequence[Any]] = ()) -> ResumePoint:
+        """Where this is; ``events`` are the last ones, as their server would repeat them"""
+        end = [self.finish_reason, self.finish, self.given]
+        rest = ["".join(self.reasoning), "".join(self.refusal), self.calls(), self.id, end, events]
         return ResumePoint(
             event_id=self.event_id,
             tokens_received=None if self.usage is None else self.usage.output_tokens,
             chars_received=sum(map(len, self.text)),
+            text="".join(self.text),
+            cursor=json.dumps(rest),
         )
+
+    @classmethod
+    def at(cls, point: ResumePoint) -> tuple[_Answer, list[Any]]:
+        """What was received up to a point, and the last events"""
+        try:
+            rest: Any = json.loads(point.cursor) if point.cursor else ["", "", [], "", [None, None, False], []]
+            reasoning, refusal, calls, id, (finish_reason, finish, given), events = rest
+            if not all(isinstance(part, str) for part in (point.text, reasoning, refusal, id)):
+                raise TypeError("what was received is text")
+            parts = tuple(ToolCall(*call) for call in calls)
+            marks = [(str(event_id), checksum) for event_id, checksum in events]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"resume_from takes a resume_point as it was given: {error}") from error
+        answer = cls()
+        answer.add(Chunk(point.text, reasoning, refusal, parts, finish_reason, finish, id=id, event_id=point.event_id))
+        answer.given = answer.given or given is True  # of another choice
+        return answer, marks
 
 
 def collect(chunks: Iterable[Chunk], index: int = 0) -> Completion:
@@ -835,6 +877,9 @@ class SSEDecoder:
     line is in. An event, or a line, of more than ``max_event_size`` bytes is an InvalidStreamError, raised when
     the events before it have been given out; memory is bounded by that size. Belongs to one thread.
     """
+
+    #: whether a last event that lacks only its blank line is given out where the connection was lost
+    salvages = True
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE, last_event_id: str = "") -> None:
         #: the id that a reconnecting client sends back, as of the last blank line
@@ -969,7 +1014,8 @@ def _decoded(blocks: Iterable[bytes], decoder: SSEDecoder | _JSONDecoder) -> Ite
     failure: list[SheepError] = []
     for block in _until_failure(blocks, failure):
         yield from decoder.feed(block)
-    yield from decoder.flush()
+    if decoder.salvages or not failure:
+        yield from decoder.flush()
     if failure:
         raise failure[0]
 
@@ -999,6 +1045,7 @@ def iter_json_lines(
 class _JSONDecoder:
     """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
 
+    salvages = True
     #: what can change where a brace stands: a string's end or an escape inside it, else quotes and braces
     _IN_STRING = re.compile(rb'["\\]')
     _OUTSIDE = re.compile(rb'["{}]')
@@ -1093,6 +1140,8 @@ class _JSONDecoder:
 
 class _AnswerDecoder(SSEDecoder):
     """Finds also an error that ends an event stream as bare JSON, without ``data:`` (Gemini)"""
+
+    salvages = False  # its id may be what is missing, without which nobody knows where to go on
 
     def __init__(self, max_event_size: int) -> None:
         super().__init__(max_event_size)
@@ -1255,6 +1304,8 @@ class Dialect:
     headers: Mapping[str, str] = {}
     #: False for servers that never send an end marker: the end of the body is then the end of the answer
     require_end = True
+    #: whether the end of a stream repeats the answer, which is held against what came
+    compares = False
     #: names of events whose data must be readable; others are skipped where it is not
     event_names: frozenset[str] = frozenset({"message", "error"})
 
@@ -1265,6 +1316,10 @@ class Dialect:
         self.whole = False
         #: whether nothing more can follow
         self.done = False
+        #: whether the answer is still being made, and can be asked for again
+        self.pending = False
+        #: whether the connection was lost when the answer was whole: its usage may be missing
+        self.lost = False
 
     @classmethod
     def url(cls, base_url: str, model: str, stream: bool) -> str:
@@ -1304,6 +1359,19 @@ class Dialect:
     def recognises(cls, payload: Mapping[str, Any]) -> bool:
         """Whether the JSON of an event can only be of this dialect"""
         return False
+
+    @classmethod
+    def job_url(cls, url: str, body: Mapping[str, Any], id: str, action: str = "") -> str:
+        """Where the answer of this id is kept, while it is made and after, or "" where it is not
+
+        With the ``action`` cancel, where its making is ended.
+        """
+        return ""
+
+    @classmethod
+    def replay_url(cls, url: str, body: Mapping[str, Any], id: str, reader: Dialect | None) -> str:
+        """Where the stream of a kept answer can be had again, from where ``reader`` stopped, or "" where it cannot"""
+        return ""
 
     def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
         """What an event brings; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
@@ -2325,6 +2393,7 @@ class _Responses(Dialect):
 
     name = "openai-responses"
     path = "/responses"
+    compares = True
 
     _INCOMPLETE = {"max_output_tokens": "length", "content_filter": "refusal"}
     _TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -2443,6 +2512,24 @@ class _Responses(Dialect):
         elif named.id or not response:
             yield from self._part_of_answer(kind, payload, named)
 
+    @classmethod
+    def job_url(cls, url: str, body: Mapping[str, Any], id: str, action: str = "") -> str:
+        if not (body.get("background") and id):
+            return ""
+        parts = urlsplit(url)
+        path = "/".join(filter(None, [parts.path, quote(id, safe=""), action]))
+        return urlunsplit(parts._replace(path=path))
+
+    @classmethod
+    def replay_url(cls, url: str, body: Mapping[str, Any], id: str, reader: Dialect | None) -> str:
+        job = cls.job_url(url, body, id)
+        if not job:
+            return ""
+        parts = urlsplit(job)
+        number = reader._number if isinstance(reader, _Responses) else None
+        query = [parts.query, "stream=true", "" if number is None else f"starting_after={number}"]
+        return urlunsplit(parts._replace(query="&".join(filter(None, query))))
+
     def _is_repeated(self, payload: dict[str, Any]) -> bool:
         """Whether an event came before; StreamInterrupted where some between are missing"""
         number, last = payload.get("sequence_number"), self._last
@@ -2557,10 +2644,17 @@ class _Responses(Dialect):
             elif item.get("type") == "message":
                 yield named._replace(refusal="".join(_text(part.get("refusal")) for part in content))
         status = _text(response.get("status"))
+        if named.id:
+            yield named
         if status in ("completed", "incomplete", "failed"):
             yield from self._ended(status, response, named)
-        else:
-            yield from self._missing(items, named)
+            return
+        if status == "cancelled":
+            raise StreamInterrupted("the response was cancelled before it was whole", retryable=False)
+        yield from self._missing(items, named)
+        if status in ("queued", "in_progress"):
+            self.pending = True
+            raise StreamInterrupted(f"the response is not whole yet, it is {status}")
 
     @staticmethod
     def _usage(wire: dict[str, Any]) -> Usage | None:
@@ -2737,17 +2831,16 @@ def iter_chunks(
     anything. ``choices`` is how many were asked for (``n``): each must have its end.
     """
     if dialect == "auto":
-        return _parsed_as_told(iter(events), choices)
-    return _parsed(events, _dialect(dialect)(choices), _Answer())
+        return _folded(_parsed_as_told(iter(events), choices), _Answer())
+    return _folded(_parsed(events, _dialect(dialect)(choices)), _Answer())
 
 
 def _parsed_as_told(events: Iterator[ServerSentEvent], choices: int) -> Iterator[Chunk]:
     for event in events:
         kind = _told(event)
         if kind is not None:
-            yield from _parsed(itertools.chain((event,), events), kind(choices), _Answer())
-            return
-    yield from _parsed((), _OpenAI(choices), _Answer())
+            return (yield from _parsed(itertools.chain((event,), events), kind(choices)))
+    yield from _parsed((), _OpenAI(choices))
 
 
 def _told(event: ServerSentEvent) -> type[Dialect] | None:
@@ -2767,38 +2860,44 @@ def _dialect(dialect: str | type[Dialect]) -> type[Dialect]:
     return DIALECTS[dialect] if isinstance(dialect, str) else dialect
 
 
-def _parsed(
-    events: Iterable[ServerSentEvent], dialect: Dialect, answer: _Answer, document: bool = False
-) -> Iterator[Chunk]:
-    """The chunks of events, each folded into ``answer`` before it is given out
+def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, document: bool = False) -> Iterator[Chunk]:
+    """The chunks of events, to the end that the dialect knows
 
     ``document`` says that the events are all of one JSON document, which is an answer or none.
     """
+    said = False
     try:
         for event in events:
             for chunk in dialect.chunks(event):
-                answer.add(chunk)
+                said = said or _says(chunk)
                 yield chunk
             if dialect.done:
                 break
-        if document and not answer.given and not dialect.whole:
+        if document and not said and not dialect.whole:
             raise InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
         if dialect.require_end and not dialect.whole:
             raise StreamInterrupted("the stream ended without its end marker")
     except (StreamInterrupted, StreamTimeout) as error:
         if not dialect.whole:  # else only the usage is lost, or the way the connection ends
-            _set_partial(error, answer)
             raise
+        dialect.lost = isinstance(error, StreamInterrupted)
+
+
+def _folded(chunks: Iterable[Chunk], answer: _Answer) -> Iterator[Chunk]:
+    """The same chunks, each folded into ``answer`` before it is given out"""
+    try:
+        for chunk in chunks:
+            answer.add(chunk)
+            yield chunk
     except SheepError as error:
         _set_partial(error, answer)
         raise
     answer.complete = True
 
 
-def _set_partial(error: SheepError, answer: _Answer) -> None:
+def _set_partial(error: SheepError, answer: _Answer, events: Sequence[Sequence[Any]] = ()) -> None:
     error.partial = answer.completion()
-    if isinstance(error, StreamInterrupted):
-        error.resume_point = answer.resume_point()
+    error.resume_point = answer.resume_point(events)
 
 
 class _Reported(NamedTuple):
@@ -2971,6 +3070,12 @@ def _public_url(url: str) -> str:
     """A URL without what may be secret in it: user, password, query, fragment"""
     parts = _split_url(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) or "?"
+
+
+def _url_without_keys(url: str) -> str:
+    """A URL as it tells one server from another: without user, password and what its query has of keys"""
+    query = [field for field in _split_url(url).query.split("&") if not _KEY_HEADER.search(field.partition("=")[0])]
+    return "?".join(filter(None, (_public_url(url), "&".join(query))))
 
 
 # ============================================================================================================
@@ -3621,6 +3726,35 @@ def _require_event_stream(response: requests.Response, wire: _Wire) -> None:
 # ============================================================================================================
 
 
+class _Ask(NamedTuple):
+    """One HTTP request of a call"""
+
+    method: str
+    url: str
+    body: Mapping[str, Any] | None
+    headers: Mapping[str, Any] = {}
+
+
+class _Request(NamedTuple):
+    """What a call asks for, in the caller's words"""
+
+    base_url: str
+    dialect: type[Dialect]
+    messages: tuple[Any, ...]
+    model: str
+    params: Mapping[str, Any]
+    stream: bool
+
+    def ask(self) -> _Ask:
+        """The HTTP request that it makes"""
+        body = self.dialect.body(self.messages, self.model, self.params, self.stream)
+        return _Ask("POST", self.dialect.url(self.base_url, self.model, self.stream), body)
+
+    def and_then(self, *messages: Mapping[str, Any], **params: Any) -> _Request:
+        """The same with more messages, and options"""
+        return self._replace(messages=(*self.messages, *messages), params={**self.params, **params})
+
+
 def _messages(messages: Any) -> list[Any]:
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
@@ -3629,20 +3763,643 @@ def _messages(messages: Any) -> list[Any]:
     return list(messages)
 
 
-def _resumed(
-    read: Callable[[_T], Iterator[Chunk]], restart: Callable[[SheepError], _T], response: _T
-) -> Iterator[Chunk]:
-    """The chunks of a response, and of the next one where the first is lost before anything was given out
+class _EventLog:
+    """The events of a stream whose server gives them ids: what came, and where a repetition of it ends
 
-    To restart, when there is nothing to repeat, is the one strategy there is so far: ``restart`` gives the next
-    response, or raises the error where it may not.
+    Made from the ``marks`` of another process it knows only the first event and the last ones. Pings are no part of
+    it: they come at other places the next time.
+    """
+
+    #: a server that has given none by then gives none
+    _PATIENCE = 64
+
+    def __init__(self, marks: Iterable[Sequence[Any]] = ()) -> None:
+        #: id in force and checksum of each event; None where a checkpoint has not kept it
+        self._marks: list[tuple[str, int | None]] = [(id, checksum) for id, checksum in marks]
+        #: those of another process, and what its answer is held against while they are repeated
+        self._former: tuple[tuple[str, int | None], ...] = tuple(self._marks)
+        self._partial = bool(self._marks)
+        self._given: _Given | None = None
+        self._said = len(self._marks)
+        self._idle = False
+
+    @property
+    def cursor(self) -> str:
+        """The id to go on after, "" where there is none"""
+        return self._marks[-1][0] if self._marks else ""
+
+    @property
+    def has_own_id(self) -> bool:
+        """Whether the last event came with an id of its own"""
+        return bool(self.cursor) and (len(self._marks) == 1 or self.cursor != self._marks[-2][0])
+
+    @property
+    def marks(self) -> tuple[tuple[str, int | None], ...]:
+        """The first event, the one that the cursor is of, those around it; none where there is no cursor"""
+        if self._given is not None and not self._given.is_behind:  # what is noted is before what was given
+            return self._former
+        return (*self._marks[:1], *self._marks[max(1, self._last() - 1) :]) if self.cursor else ()
+
+    def _last(self) -> int:
+        """Where the event is that the cursor is of; those after it came without an id"""
+        return [id for id, _ in self._marks].index(self.cursor)
+
+    def noted(self, events: Iterable[ServerSentEvent]) -> Iterator[ServerSentEvent]:
+        """The same events, noted as they come"""
+        for event in events:
+            self._note(event)
+            yield event
+
+    def _note(self, event: ServerSentEvent) -> None:
+        if self._idle or event.event == "ping":
+            return
+        self._marks.append((event.id or self.cursor, _checksum(event)))
+        if len(self._marks) >= self._PATIENCE and not self.cursor:
+            self._idle = True
+            self._marks.clear()
+
+    def said(self) -> None:
+        """The last event was a part of the answer"""
+        self._said = len(self._marks)
+
+    def forget_last(self) -> None:
+        """Takes back the last event, if it was no part of the answer"""
+        del self._marks[max(self._said, len(self._marks) - 1) :]
+
+    def rest(self, events: Iterable[ServerSentEvent], given: _Given | None) -> Iterator[ServerSentEvent]:
+        """The events of a new connection without those noted, which must be the same; StreamInterrupted where not
+
+        All of them where only a part is noted, and they come from the first one on: then it is for ``given`` to
+        tell what is new.
+        """
+        position: int | None = None
+        for event in events:
+            if event.event == "ping":
+                continue
+            if position is None:
+                if given is not None and self._partial and not given.passed:
+                    self._begin_again(event, given)
+                position = self._position(event)
+            if position < len(self._marks):
+                self._require_same(event, *self._marks[position])
+                position += 1
+                continue
+            if self._partial and event.id in [id for id, _ in self._former]:
+                raise _another_answer()
+            self._note(event)
+            position = len(self._marks)
+            yield event
+
+    def _begin_again(self, event: ServerSentEvent, given: _Given) -> None:
+        """Begins a new log if this is the first event of all, or one before it that another process did not keep"""
+        id, checksum = self._marks[0]
+        first = event.id == id if id else checksum == _checksum(event)
+        if first or (_is_number(id, event.id) and int(event.id) < int(id)):
+            self._marks, self._partial, self._given = [], False, given
+        else:
+            given.passed = True
+
+    def _position(self, event: ServerSentEvent) -> int:
+        """Which of the noted events the first one of a new connection repeats; their count where it follows them
+
+        An event with an id is known by that alone: two that say the same are not the same.
+        """
+        ids = [id for id, _ in self._marks]
+        if not ids or event.id in ids[ids.count("") :]:
+            return ids.index(event.id) if ids else 0
+        last = self._last()
+        behind = last + 1 == len(ids)
+        checksum = _checksum(event)
+        if event.id and last + 2 == len(ids) and checksum == self._marks[-1][1]:  # the cut took its id
+            self._marks[-1] = event.id, checksum
+            return last + 1
+        if event.id:
+            if not behind or (_is_number(event.id, self.cursor) and int(event.id) <= int(self.cursor)):
+                raise _another_answer()
+            return len(ids)
+        first = not ids[0] and checksum == self._marks[0][1]
+        follows = behind or checksum == self._marks[last + 1][1]
+        each_has_one = len(ids) > 1 and len(set(ids)) == len(ids)
+        if first == follows or each_has_one:
+            raise _another_answer()
+        return 0 if first else last + 1
+
+    @staticmethod
+    def _require_same(event: ServerSentEvent, id: str, checksum: int | None) -> None:
+        """StreamInterrupted where an event is not the one noted; by its id where no more is known"""
+        if checksum not in (None, _checksum(event)) or (checksum is None and event.id != id):
+            raise _another_answer()
+
+
+def _is_number(*ids: str) -> bool:
+    return all(id.isascii() and id.isdigit() and len(id) < 20 for id in ids)
+
+
+def _checksum(event: ServerSentEvent) -> int:
+    import zlib
+
+    return zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))
+
+
+def _another_answer() -> StreamInterrupted:
+    """The error for a server that answers the question anew where it was asked to go on"""
+    return StreamInterrupted(
+        "the connection was lost, and the server began another answer where it was asked to go on with this one",
+        retryable=False,
+    )
+
+
+class _Lost(NamedTuple):
+    """A stream that was lost: what is known of it"""
+
+    request: _Request
+    #: what was given out
+    answer: _Answer
+    #: as far as it has read; None where another process did
+    dialect: Dialect | None
+    log: _EventLog
+    #: how its provider goes on with an answer, a name in _CONTINUATIONS or ""
+    continuation: str = ""
+    #: what its reader still holds against what was given; None where that began with the first piece
+    given: _Given | None = None
+
+
+class _Plan(NamedTuple):
+    """A way to go on"""
+
+    strategy: str
+    #: the word for it in Stream.continuity
+    continuity: str
+    ask: _Ask
+    dialect: Dialect
+    #: what its events, and its chunks, go through
+    events: Callable[[Iterable[ServerSentEvent]], Iterator[ServerSentEvent]] = iter
+    chunks: Callable[[Iterator[Chunk]], Iterator[Chunk]] = iter
+    #: what its chunks are held against, which repeat what was given
+    given: _Given | None = None
+
+
+def _new_dialect(request: _Request, ask: _Ask) -> Dialect:
+    return request.dialect(request.dialect.choices_asked(ask.body or {}))
+
+
+def _replay(lost: _Lost) -> _Plan | None:
+    """The same generation again, from where it was lost: it is billed once"""
+    ask = lost.request.ask()
+    if not lost.request.stream:
+        return _poll(lost)
+    again = lost.dialect or _new_dialect(lost.request, ask)
+    given = lost.given if again is lost.dialect else _Given(lost.answer)
+    url = lost.request.dialect.replay_url(ask.url, ask.body or {}, lost.answer.id, lost.dialect)
+    if url:
+        return _repeating(lost, "replay", url, again, given)
+    if not lost.log.cursor or (again is not lost.dialect and not _joins(again, lost.answer)):
+        return None
+    # a str would go out as latin-1, and requests refuses blanks at the ends, which HTTP does not keep
+    cursor = lost.log.cursor.strip(" \t").encode("utf-8")
+
+    def chunks(repeated: Iterator[Chunk]) -> Iterator[Chunk]:
+        same = _same_answer(repeated, lost.answer, whole=again is lost.dialect)
+        return same if given is None else given.missing(same)
+
+    return _Plan(
+        "replay",
+        "replayed",
+        ask._replace(headers={"Last-Event-ID": cursor}),
+        again,
+        events=lambda events: lost.log.rest(events, given),
+        chunks=chunks,
+        given=given,
+    )
+
+
+def _joins(reader: Dialect, answer: _Answer) -> bool:
+    """Whether a new reader may begin in the middle: it does not know which calls and choices are open"""
+    return not (reader.compares or answer.tool_calls or reader.choices > 1)
+
+
+def _repeating(lost: _Lost, strategy: str, url: str, again: Dialect, given: _Given | None) -> _Plan:
+    """The same generation from its address; from its start, unless its reader goes on"""
+
+    def chunks(repeated: Iterator[Chunk]) -> Iterator[Chunk]:
+        same = _same_answer(repeated, lost.answer)
+        return same if given is None else given.missing(same)
+
+    return _Plan(strategy, "replayed", _Ask("GET", url, None), again, chunks=chunks, given=given)
+
+
+def _poll(lost: _Lost) -> _Plan | None:
+    """The whole of the same generation, where its stream cannot be had any more"""
+    ask = lost.request.ask()
+    url = lost.request.dialect.job_url(ask.url, ask.body or {}, lost.answer.id)
+    if not url:
+        return None
+    return _repeating(lost, "poll", url, _new_dialect(lost.request, ask), _Given(lost.answer))
+
+
+def _same_answer(chunks: Iterator[Chunk], answer: _Answer, whole: bool = True) -> Iterator[Chunk]:
+    """The same chunks, as long as they are of the same generation
+
+    Where they are not ``whole``, what they keep for the vendor is not either, and is left out.
+    """
+    for chunk in chunks:
+        if chunk.id and answer.id and chunk.id != answer.id:
+            raise _another_answer()
+        yield chunk if whole else chunk._replace(vendor=None)
+
+
+def _restart(lost: _Lost) -> _Plan | None:
+    """The same request again, where nothing was given out"""
+    if lost.answer.given or (lost.dialect is not None and lost.dialect.whole):
+        return None
+    ask = lost.request.ask()
+    return _Plan("restart", "restarted", ask, _new_dialect(lost.request, ask))
+
+
+def _verify(lost: _Lost) -> _Plan | None:
+    """The same request again, whose answer must begin as this one did"""
+    ask = lost.request.ask()
+    again = _new_dialect(lost.request, ask)
+    if again.choices > 1:
+        return None
+    given = _Given(lost.answer)
+
+    def chunks(repeated: Iterator[Chunk]) -> Iterator[Chunk]:
+        for chunk in given.missing(repeated):
+            # the ids of calls are others now than those given out, and those of events of another stream
+            yield chunk._replace(event_id="", vendor=None if lost.answer.tool_calls else chunk.vendor)
+
+    return _Plan("verify", "verified", ask, again, chunks=chunks)
+
+
+class _Given:
+    """What was given out, piece by piece of its kind, against which a repetition is held"""
+
+    def __init__(self, answer: _Answer) -> None:
+        self._left = {name: "".join(getattr(answer, name)) for name in ("text", "reasoning", "refusal")}
+        self._at = dict.fromkeys(self._left, 0)
+        self._calls = {call.index: call for call in answer.calls()}
+        self._call_at = dict.fromkeys(self._calls, 0)
+        self._finish_reason = answer.finish_reason
+        #: whether what comes is behind all of it
+        self.passed = False
+
+    def missing(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """What the chunks bring beyond it; StreamInterrupted at the first difference, or where they end before"""
+        for chunk in chunks:
+            if self.passed:
+                yield chunk
+                continue
+            missing = chunk._replace(
+                text=self._beyond("text", chunk.text),
+                reasoning=self._beyond("reasoning", chunk.reasoning),
+                refusal=self._beyond("refusal", chunk.refusal),
+                tool_calls=tuple(self._calls_beyond(chunk.tool_calls)),
+            )
+            if chunk.finish_reason:
+                self._require_all()
+            if chunk.finish_reason and self._finish_reason:
+                missing = missing._replace(finish_reason=None, finish=None, vendor=None)
+                if chunk.finish_reason != self._finish_reason:
+                    raise self._difference("finish_reason", 0, self._finish_reason, chunk.finish_reason)
+            if not self.is_behind:
+                # nobody can go on from its event: what was given ends behind it
+                missing = missing._replace(event_id="", usage=None)
+            if _says(missing) or missing.finish_reason or missing.usage:
+                yield missing
+        if not self.passed:
+            self._require_all()
+
+    def _beyond(self, name: str, piece: str) -> str:
+        given, at = self._left[name], self._at[name]
+        expected = given[at : at + len(piece)]
+        if not piece.startswith(expected):
+            common = _common(expected, piece)
+            raise self._difference(name, at + common, given[at + common :], piece[common:])
+        self._at[name] = at + len(expected)
+        return piece[len(expected) :]
+
+    def _calls_beyond(self, calls: Iterable[ToolCall]) -> Iterator[ToolCall]:
+        for call in calls:
+            given = self._calls.get(call.index)
+            if given is None:
+                yield call
+                continue
+            if call.name and not given.name.startswith(call.name):
+                raise self._difference("tool_calls", call.index, given.name, call.name)
+            at = self._call_at[call.index]
+            expected = given.arguments[at : at + len(call.arguments)]
+            if not call.arguments.startswith(expected):
+                raise self._difference("tool_calls", call.index, expected, call.arguments)
+            self._call_at[call.index] = at + len(expected)
+            if call.arguments[len(expected) :]:
+                yield ToolCall(call.index, arguments=call.arguments[len(expected) :])
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether all of it was repeated, or is not repeated at all"""
+        texts = all(self._at[name] == len(given) for name, given in self._left.items())
+        return (
+            self.passed
+            or texts
+            and all(self._call_at[index] == len(call.arguments) for index, call in self._calls.items())
+        )
+
+    def _require_all(self) -> None:
+        for name, given in self._left.items():
+            if self._at[name] < len(given):
+                raise self._difference(name, self._at[name], given[self._at[name] :], "")
+        for index, call in self._calls.items():
+            if self._call_at[index] < len(call.arguments):
+                raise self._difference("tool_calls", index, call.arguments[self._call_at[index] :], "")
+
+    def _difference(self, name: str, position: int, given: str, repeated: str) -> StreamInterrupted:
+        return StreamInterrupted(
+            f"the connection was lost, and the repeated answer differs from what was given at {name} {position}: "
+            f"{_excerpt(given, 40)} was given, and now there is {_excerpt(repeated, 40)}",
+            retryable=False,
+        )
+
+
+def _common(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginnings"""
+    return next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+# To continue: the partial answer goes back, and the model goes on with it
+
+
+def _is_text_alone(lost: _Lost, ask: _Ask) -> bool:
+    """Whether what was given is text of the one choice, still open"""
+    answer = lost.answer
+    return (
+        bool(answer.text)
+        and not (answer.reasoning or answer.refusal or answer.tool_calls or answer.finish_reason)
+        and lost.request.dialect.choices_asked(ask.body or {}) == 1
+    )
+
+
+class _Continuation(NamedTuple):
+    """How a provider is asked to go on with an answer"""
+
+    request: Callable[[_Request, str], _Request | None]
+    #: whether it repeats what it goes on from
+    echoes: bool = False
+    #: whether what it goes on from must not end in white space
+    strips: bool = False
+
+
+def _deepseek_prefix(request: _Request, text: str) -> _Request | None:
+    # https://api-docs.deepseek.com/guides/chat_prefix_completion
+    parts = urlsplit(request.base_url)
+    base = re.sub(r"/(v1|beta)/*$", "", parts.path.rstrip("/"))
+    prefixed = request.and_then({"role": "assistant", "content": text, "prefix": True})
+    return prefixed._replace(base_url=urlunsplit(parts._replace(path=base + "/beta")))
+
+
+def _mistral_prefix(request: _Request, text: str) -> _Request | None:
+    return request.and_then({"role": "assistant", "content": text, "prefix": True})
+
+
+def _vllm_prefix(request: _Request, text: str) -> _Request | None:
+    message = {"role": "assistant", "content": text}
+    return request.and_then(message, continue_final_message=True, add_generation_prompt=False)
+
+
+def _anthropic_prefill(request: _Request, text: str) -> _Request | None:
+    if not _takes_prefill(request.model) or request.params.get("thinking") or not text:
+        return None
+    return request.and_then({"role": "assistant", "content": text})
+
+
+def _takes_prefill(model: str) -> bool:
+    """Whether a model of Anthropic goes on with a partial answer: those up to 4.5 do"""
+    version = re.search(r"claude-(?:[a-z]+-)*(\d+)(?:[-.](\d{1,2}))?(?:\D|$)", model)
+    return version is not None and (int(version.group(1)), int(version.group(2) or 0)) <= (4, 5)
+
+
+_CONTINUATIONS = {
+    "deepseek": _Continuation(_deepseek_prefix),
+    "mistral": _Continuation(_mistral_prefix, echoes=True),
+    "vllm": _Continuation(_vllm_prefix),
+    "anthropic": _Continuation(_anthropic_prefill, strips=True),
+}
+
+
+def _continue(lost: _Lost) -> _Plan | None:
+    """The provider goes on with the text as it was received"""
+    rule = _CONTINUATIONS.get(lost.continuation)
+    if rule is None or not _is_text_alone(lost, lost.request.ask()):
+        return None
+    text = "".join(lost.answer.text)
+    kept = text.rstrip() if rule.strips else text
+    request = rule.request(_lowered(lost), kept)
+    if request is None:
+        return None
+    ask = request.ask()
+    space = text[len(kept) :]
+
+    def chunks(continued: Iterator[Chunk]) -> Iterator[Chunk]:
+        return _estimated(_without_space(_without_echo(continued, text, rule.echoes), space), lost.answer)
+
+    return _Plan("continue", "continued", ask, _new_dialect(request, ask), chunks=chunks)
+
+
+def _lowered(lost: _Lost) -> _Request:
+    """The request with so many tokens less as were received"""
+    received = _tokens_received(lost.answer)
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    limits = {name: _count(lost.request.params.get(name)) for name in names}
+    return lost.request.and_then(**{name: max(1, limit - received) for name, limit in limits.items() if limit})
+
+
+def _tokens_received(answer: _Answer) -> int:
+    """An estimate where the provider has not counted: four characters a token"""
+    counted = answer.usage.output_tokens if answer.usage is not None else 0
+    return max(counted, sum(map(len, answer.text)) // 4)
+
+
+def _without_space(chunks: Iterator[Chunk], space: str) -> Iterator[Chunk]:
+    """The same chunks without the white space that was given already"""
+    for chunk in chunks:
+        common = _common(space, chunk.text) if space and chunk.text else 0
+        if chunk.text:
+            space = space[common:] if common == len(chunk.text) else ""
+        if common < len(chunk.text) or not common:
+            yield chunk._replace(text=chunk.text[common:])
+
+
+#: how many characters, white space aside, of the answer's beginning make a repetition of it: where its provider
+#: echoes, or where it is all of it; and where it is a part of it, and its provider does not
+_ECHO, _UNEXPECTED_ECHO = 4, 12
+
+
+def _without_echo(chunks: Iterator[Chunk], text: str, echoes: bool) -> Iterator[Chunk]:
+    """The same chunks without the text that they repeat first, where the provider ``echoes``
+
+    Held back until it is known. StreamInterrupted where a part of it is repeated, or with other white space, or
+    all of it by a provider that does not echo. White space at its end does not count.
+    """
+    kept, begun = text.rstrip(), _squeezed(text)
+    held: list[Chunk] = []
+    said, repeated = "", 0
+    for chunk in chunks:
+        held.append(chunk)
+        said += chunk.text
+        piece = _squeezed(chunk.text)
+        common = _common(begun[repeated : repeated + len(piece)], piece)
+        repeated += common
+        if common < len(piece) or (len(said) > len(text) and said.startswith(kept)):
+            break
+    if echoes and said.startswith(kept):
+        yield from _from_position(held, _echo_length(said, text, kept))
+    elif repeated >= (_ECHO if echoes or repeated == len(begun) else _UNEXPECTED_ECHO):
+        raise StreamInterrupted("the continuation repeats the answer, or a part of it", retryable=False)
+    else:
+        yield from held
+    yield from chunks
+
+
+def _squeezed(text: str) -> str:
+    """The text without white space"""
+    return "".join(text.split())
+
+
+def _echo_length(said: str, text: str, kept: str) -> int:
+    """How much of what is said repeats the text; its white space at the end may be missing"""
+    return len(kept) + _common(text[len(kept) :], said[len(kept) :])
+
+
+def _from_position(chunks: Iterable[Chunk], position: int) -> Iterator[Chunk]:
+    """The chunks without so many characters of text at their beginning"""
+    for chunk in chunks:
+        skipped = min(position, len(chunk.text))
+        position -= skipped
+        if skipped < len(chunk.text) or not skipped or chunk.finish_reason:
+            yield chunk._replace(text=chunk.text[skipped:])
+
+
+def _estimated(chunks: Iterator[Chunk], answer: _Answer) -> Iterator[Chunk]:
+    """The same chunks, whose usage counts also what another generation gave before"""
+    received = _tokens_received(answer)
+    for chunk in chunks:
+        usage = chunk.usage
+        if usage is not None:
+            output_tokens = usage.output_tokens + received
+            total_tokens = usage.input_tokens + output_tokens
+            usage = usage._replace(output_tokens=output_tokens, total_tokens=total_tokens, cost=None, source="estimate")
+        # the events are another stream's, and what the vendor wants back would be that of a part
+        yield chunk._replace(usage=usage, event_id="", vendor=None)
+
+
+#: characters that the model is asked to repeat, and how few of them, white space aside, would prove nothing
+_ANCHOR, _PROOF = 40, 8
+
+
+def _anchor(lost: _Lost) -> _Plan | None:
+    """The model is told that its answer was cut, and to repeat its last words before it goes on"""
+    if not _is_text_alone(lost, lost.request.ask()):
+        return None
+    words: list[str] = []
+    for piece in reversed(lost.answer.text):
+        words.insert(0, piece)
+        if sum(map(len, words)) >= _ANCHOR:
+            break
+    tail = "".join(words)[-2 * _ANCHOR :]
+    if len(_squeezed(tail)) < _PROOF:
+        return None
+    said = {"role": "assistant", "content": "".join(lost.answer.text)}
+    told = {
+        "role": "user",
+        "content": (
+            "Your answer was cut off by a lost connection. Go on with it. Begin by repeating, letter for letter and "
+            f"without anything before it, these last words of it:\n```\n{tail}\n```\nThen continue right behind them, "
+            "and repeat nothing else."
+        ),
+    }
+    request = _lowered(lost).and_then(said, told)
+    ask = request.ask()
+
+    def chunks(continued: Iterator[Chunk]) -> Iterator[Chunk]:
+        return _estimated(_after_anchor(continued, tail), lost.answer)
+
+    return _Plan("anchor", "continued", ask, _new_dialect(request, ask), chunks=chunks)
+
+
+def _after_anchor(chunks: Iterator[Chunk], tail: str) -> Iterator[Chunk]:
+    """What follows the repeated words; StreamInterrupted, and nothing given out, where they are not repeated"""
+    held: list[Chunk] = []
+    said = ""
+    for chunk in chunks:
+        if chunk.text:
+            held.append(chunk)
+            said += chunk.text
+        if not tail.startswith(said[: len(tail)]) or (chunk.finish_reason and len(said) < len(tail)):
+            raise StreamInterrupted(
+                "the model was asked to repeat its last words, and said something else", retryable=False
+            )
+        if len(said) >= len(tail):
+            yield from _from_position(held or [chunk], len(tail))
+            break
+    else:
+        raise StreamInterrupted("the model was asked to repeat its last words, and said nothing", retryable=False)
+    yield from chunks
+
+
+_STRATEGIES: dict[str, Callable[[_Lost], _Plan | None]] = {
+    "replay": _replay,
+    "restart": _restart,
+    "continue": _continue,
+    "verify": _verify,
+    "anchor": _anchor,
+}
+_AUTOMATIC = ("replay", "restart", "continue")
+
+
+def _strategies(resume: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names of the strategies that ``resume=`` allows, in their order"""
+    if resume is None or resume == "auto":
+        return _AUTOMATIC
+    if resume == "never":
+        return ()
+    names = (resume,) if isinstance(resume, str) else tuple(resume)
+    unknown = [name for name in names if name not in _STRATEGIES]
+    if unknown or not names:
+        raise ValueError(f"resume is 'auto', 'never', or of {', '.join(_STRATEGIES)}; got {resume!r}")
+    return names
+
+
+def _point(resume_from: Any) -> ResumePoint | None:
+    """The point that ``resume_from=`` names, as it is or as JSON gave it back"""
+    if resume_from is None or isinstance(resume_from, ResumePoint):
+        return resume_from
+    if isinstance(resume_from, SheepError):
+        return resume_from.resume_point
+    try:
+        if isinstance(resume_from, Mapping):
+            return ResumePoint(**resume_from)
+        if isinstance(resume_from, (list, tuple)):
+            return ResumePoint(*resume_from)
+    except TypeError as error:
+        raise ValueError(f"resume_from takes a resume_point as it was given: {error}") from error
+    raise TypeError(f"resume_from takes an error or its resume_point, got {type(resume_from).__name__}")
+
+
+def _resumed(
+    plan: _Plan, read: Callable[[_Plan], Generator[Chunk, None, None]], resume: Callable[[SheepError], _Plan]
+) -> Iterator[Chunk]:
+    """The chunks of a stream over as many connections as it takes
+
+    ``read`` gives the chunks of the connection that a plan has opened, ``resume`` opens the next one for what was
+    lost, or raises the error where there is no way.
     """
     while True:
         try:
-            yield from read(response)
+            with contextlib.closing(read(plan)) as chunks:
+                yield from plan.chunks(chunks)
             return
         except SheepError as error:
-            response = restart(error)
+            plan = resume(error)
 
 
 # ============================================================================================================
@@ -4242,6 +4999,8 @@ def _as_checkpoint(place: Any) -> _Checkpoint:
     if isinstance(place, Checkpoints):
         return _Checkpoint(place._folder)
     if isinstance(place, (str, os.PathLike)):
+        if not os.fspath(place):
+            raise ValueError("checkpoint is the name of a folder, and this one is empty")
         return _Checkpoint(os.fsdecode(place))
     raise TypeError(f"checkpoint is a folder, Checkpoints(...) or Checkpoints(...).named(...), got {place!r}")
 
@@ -4338,6 +5097,8 @@ class Provider(NamedTuple):
     models: tuple[str, ...] = ()
     #: what ``check`` asks for where the model list needs no key; else ""
     check_path: str = ""
+    #: how it goes on with a partial answer: deepseek, mistral, vllm, anthropic, or "" where it does not
+    continuation: str = ""
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -4364,6 +5125,7 @@ PROVIDERS: dict[str, Provider] = {
         "openai",
         "https://platform.deepseek.com/api_keys",
         ("deepseek-",),
+        continuation="deepseek",
     ),
     "anthropic": Provider(
         "https://api.anthropic.com",
@@ -4371,6 +5133,7 @@ PROVIDERS: dict[str, Provider] = {
         "anthropic",
         "https://console.anthropic.com/settings/keys",
         ("claude-",),
+        continuation="anthropic",
     ),
     "gemini": Provider(
         "https://generativelanguage.googleapis.com",
@@ -4392,6 +5155,7 @@ PROVIDERS: dict[str, Provider] = {
         "openai",
         "https://console.mistral.ai/api-keys",
         ("mistral-", "ministral-", "magistral-", "codestral-", "devstral-", "pixtral-", "open-mi"),
+        continuation="mistral",
     ),
     "ollama": Provider("http://localhost:11434", "", "ollama"),
 }
@@ -4411,6 +5175,8 @@ class _Target(NamedTuple):
     key_headers: dict[str, str]
     #: where ``check`` asks
     check_url: str
+    #: how the provider goes on with a partial answer, or ""
+    continuation: str
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -4513,6 +5279,8 @@ class StreamStats(NamedTuple):
     reconnects: int = 0
     #: whether the answer came from a file
     cached: bool = False
+    #: what each generation took that was asked for, None where its provider has not said
+    usage_by_attempt: tuple[Usage | None, ...] = ()
 
 
 class _Clock:
@@ -4545,7 +5313,10 @@ class _Clock:
     def since_start(self, moment: float | None) -> float | None:
         return None if moment is None or self.start is None else moment - self.start
 
-    def stats(self, usage: Usage | None, attempts: int, reconnects: int) -> StreamStats:
+    def stats(
+        self, usages: Sequence[Usage | None], attempts: int, reconnects: int, cached: bool = False
+    ) -> StreamStats:
+        usage = usages[-1] if usages else None
         end = self.end if self.end is not None else time.monotonic()
         rate = None
         if usage is not None and usage.output_tokens and self.pieces > 1 and self.first_piece is not None:
@@ -4560,6 +5331,8 @@ class _Clock:
             tokens_per_second=rate,
             attempts=attempts,
             reconnects=reconnects,
+            cached=cached,
+            usage_by_attempt=tuple(usages),
         )
 
 
@@ -4604,19 +5377,34 @@ def _as_retry(retry: Retry | int) -> Retry:
     raise TypeError(f"retry takes a sheepsse.Retry or a number of retries, got {type(retry).__name__}")
 
 
+class _Terms(NamedTuple):
+    """What a single call is given beside its request"""
+
+    stream: bool
+    deadline: float | None = None
+    on_retry: Callable[[SheepError, int, float], object] | None = None
+    checkpoint: Any = None
+    refresh: bool = False
+    resume: str | Sequence[str] = "auto"
+    resume_from: Any = None
+
+    def checked(self) -> _Terms:
+        """The same in the types that a call takes; errors for what is none of them"""
+        if self.checkpoint is not None and self.resume_from is not None:
+            raise ValueError("a checkpoint knows where it was lost: pass it, or resume_from, not both")
+        return self._replace(
+            checkpoint=None if self.checkpoint is None else _as_checkpoint(self.checkpoint),
+            resume=_strategies(self.resume),
+            resume_from=_point(self.resume_from),
+        )
+
+
+#: seconds that may go into asking the service to end a job
+_GIVE_UP_TIME = 2.0
 #: seconds for which a stream whose text is whole is waited on for its usage
 _USAGE_WAIT = 5.0
 #: seconds that may go into reading a body out after its end marker, so that the connection can be used again
 _DRAIN_TIME = 0.05
-
-
-class _Request(NamedTuple):
-    """What a call asks"""
-
-    url: str
-    body: dict[str, Any]
-    model: str
-    stream: bool
 
 
 class _Call:
@@ -4628,17 +5416,18 @@ class _Call:
         target: _Target,
         request: _Request,
         options: _CallOptions,
-        *,
-        deadline: float | None = None,
-        resume: str = "auto",
-        refusing: set[str] | None = None,
-        owned: bool = False,
+        terms: _Terms,
+        refusing: set[str],
+        owned: bool,
     ) -> None:
-        self.answer = _Answer()
+        point = terms.resume_from
+        self.answer, events = (_Answer(), []) if point is None else _Answer.at(point)
         self.clock = _Clock()
         self.attempts = 0
         self.reconnects = 0
         self.continuity = "single"
+        #: what each generation that was asked for took, None where its provider has not said
+        self.usages: list[Usage | None] = []
         self.response: requests.Response | None = None
         given_id = next((value for name, value in options.headers.items() if name.lower() == "x-request-id"), None)
         self.own_request_id = self.request_id = given_id or _new_request_id()
@@ -4647,33 +5436,108 @@ class _Call:
         self._via = via
         self._target = target
         self._options = options
-        self._deadline = deadline
-        self._resume = resume
-        self._refusing = set() if refusing is None else refusing
+        self._terms = terms
+        self._refusing = refusing
         self._owned = owned
         self._failures = 0
+        self._progress = False  # whether this connection has brought a piece of the answer
         self._answered_at = 0.0
+        self._came_at = time.monotonic()  # the last chunk, or the beginning
         self._plain = False  # whether this call does without what the dialect asks for beside the caller's own
-        self._where = _public_url(request.url)
+        self._whole = False  # whether only the usage, or the end marker, may still come
+        self._untold = False  # whether this caller has been given nothing yet of what a checkpoint holds
+        self._journal: _Journal | None = None
+        self.cached = False  # whether the answer is a checkpoint's
+        self._given_up = False
+        self._asked = self._ask = request.ask()  # at first, and as it stands
+        self._events = _EventLog(events)
+        self._plan = _Plan("", "single", self._ask, _new_dialect(request, self._ask), self._events.noted)
+        self._where = _public_url(self._ask.url)
         self._secrets = _secrets_of(via, target)
 
     # Sending
 
-    def start(self) -> requests.Response:
-        """The first response whose body may be read"""
-        self.clock.start = time.monotonic()
-        if self._deadline is not None:
-            self.wire.deadline = self.clock.start + self._deadline
-        return self._connect()
+    def start(self) -> None:
+        """Gets the first response whose body may be read"""
+        self.clock.start = self._came_at = time.monotonic()
+        if self._terms.deadline is not None:
+            self.wire.deadline = self.clock.start + self._terms.deadline
+        begun = self._terms.resume_from is not None
+        self._whole = begun and self._is_finished
+        if self._terms.checkpoint is not None:
+            self._journal = self._terms.checkpoint.open(self._request_key(), self._terms.refresh)
+            self._take_up(self._journal)
+            begun = self._untold
+        if not (self._whole or (begun and self._went_on(self._terms.resume))):
+            self._begin()
 
-    def _connect(self, lost: SheepError | None = None) -> requests.Response:
-        """A response whose body may be read, after as many requests as the policy allows"""
+    def _request_key(self) -> str:
+        request = self.request
+        body = {name: value for name, value in (self._ask.body or {}).items() if name != "stream"}
+        return _request_key([request.dialect.name, _url_without_keys(request.base_url), request.model, body])
+
+    def _take_up(self, journal: _Journal) -> None:
+        """Takes what a checkpoint holds for what was received"""
+        for chunk in journal.chunks:
+            self.answer.add(chunk)
+        ids = [chunk.event_id for chunk in journal.chunks]
+        if ids and ids[0] and ids[-1] and ids[-1] not in ids[-2:-1]:  # else another chunk of the event may be missing
+            known = ids if len(ids) < 3 else [ids[0], ids[-2] or ids[0], ids[-1]]
+            self._events = _EventLog([(id, None) for id in known])
+        self.continuity = journal.continuity
+        self._untold = bool(journal.chunks)
+        self._whole = journal.complete or self._is_finished
+        if self._whole and not journal.complete and not self._went_on_for_usage():
+            journal.finish()
+        self.cached = journal.complete
+
+    @property
+    def _is_finished(self) -> bool:
+        """Whether an answer without its end marker lacks nothing but that, and perhaps its usage"""
+        return self._plan.dialect.choices == 1 and self.answer.finish not in (None, "other")
+
+    def _went_on_for_usage(self) -> bool:
+        """Whether there is a connection for the usage that a checkpoint lacks, where it is had for nothing"""
+        try:
+            return self.answer.usage is None and "replay" in self._terms.resume and self._went_on(("replay",))
+        except SheepError as error:
+            _log.debug("request %s: the usage is lost: %s", self.own_request_id, self._judged(error))
+            return False
+
+    def _begin(self) -> None:
+        """Opens the first connection for an answer of which nothing is to be used"""
+        if self.answer.given and self._journal is None:
+            raise StreamInterrupted("no strategy goes on from what was received before", retryable=False)
+        self._ask = self._asked
+        self._connect()
+        self.usages.append(None)
+        if self._untold and self._journal is not None:
+            _log.info("request %s: nothing goes on from what was saved, it is asked anew", self.own_request_id)
+            self._journal.restart()
+            self.continuity = "restarted"
+        self._untold = False
+        self.answer, self._events = _Answer(), _EventLog()
+        self._plan = _Plan("", "single", self._ask, _new_dialect(self.request, self._ask), self._events.noted)
+
+    def _went_on(self, names: Sequence[str]) -> bool:
+        """Whether there is a connection for an answer of which some was received before, by another call"""
+        since = time.monotonic()
+        for name in names:
+            plan = _STRATEGIES[name](self._state()._replace(dialect=None, given=None)) if name != "restart" else None
+            if plan is not None and self._refusal(plan) not in self._refusing and self._opened(plan, None):
+                self._taken(self._plan, since)
+                return True
+        return False
+
+    def _connect(self, lost: SheepError | None = None) -> None:
+        """Gets a response whose body may be read, after as many requests as the policy allows"""
         error = lost
         while True:
             if error is not None:
                 self._back_off(error)
             try:
-                return self._request()
+                self.response = self._request()
+                return
             except SheepError as failure:
                 error = self._judged(failure)
 
@@ -4691,16 +5555,19 @@ class _Call:
         """What the dialect asks for beside the caller's own, unless this server refused it before"""
         if self._plain or self._target.base_url in self._refusing:
             return {}
-        optional = self._target.dialect.optional(self.request.stream)
-        return {name: value for name, value in optional.items() if name not in self.request.body}
+        body = self._ask.body
+        optional = self._target.dialect.optional(self.request.stream) if body is not None else {}
+        return {name: value for name, value in optional.items() if name not in (body or {})}
 
     def _sent(self) -> requests.Response:
         """The answer to one request, whatever it says"""
         if self.wire.ended:
             raise StreamInterrupted("ended before it was sent")
-        data = _json_body({**self.request.body, **self._optional()})
+        ask = self._ask
+        data = None if ask.body is None else _json_body({**ask.body, **self._optional()})
         self.attempts += 1
-        _log.debug("request %s: POST %s, attempt %d", self.own_request_id, self._where, self.attempts)
+        where = _public_url(ask.url)
+        _log.debug("request %s: %s %s, attempt %d", self.own_request_id, ask.method, where, self.attempts)
         first = self._options.first_timeout
         self.wire.expect(first, f"no chunk came for the first_timeout of {first} seconds")
         headers: dict[str, Any] = {
@@ -4714,11 +5581,11 @@ class _Call:
         return _send(
             self._via,
             self.wire,
-            "POST",
-            self.request.url,
+            ask.method,
+            ask.url,
             self._options.timeout[0],
             data=data,
-            headers={**headers, **self._options.headers},
+            headers={**headers, **self._options.headers, **ask.headers},
             auth=_KeyAuth(self._target.key_headers) if self._target.key_headers else None,
             allow_redirects=False,
         )
@@ -4754,57 +5621,216 @@ class _Call:
 
     def _back_off(self, error: SheepError) -> None:
         """Waits before the next request, or raises the error where there is to be none"""
-        self._failures += 1
         retry = self._options.retry
-        delay = retry.wait(error, self._failures)
+        delay = retry.wait(error, self._failures + 1)
+        if delay is not None and self._progress and error.retry_after is None and retry.should_retry is None:
+            delay = 0.0  # the first reconnect after progress is immediate
         if delay is None or not self._in_time(delay):
             raise error
+        self._failures += 1
+        self._progress = False
+        self._pause(error, self._failures, delay)
+
+    def _pause(self, error: SheepError, attempt: int, delay: float) -> None:
+        retry = self._options.retry
         if retry.on_retry:
-            retry.on_retry(error, self._failures, delay)
+            retry.on_retry(error, attempt, delay)
         _log.debug("request %s: %s; trying again in %.3f s", self.own_request_id, error.code, delay)
         (retry.sleep_function or self.wire.pause)(delay)
         if self.wire.ended:
             raise self._judged(error)
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline has passed"""
+        return not self._in_time(0)
+
     def _in_time(self, delay: float) -> bool:
         return self.wire.deadline is None or time.monotonic() + delay < self.wire.deadline
 
-    def restart(self, error: SheepError) -> requests.Response:
-        """The next response, after a loss before which nothing was given out; else raises the error"""
-        if self.answer.given or not error.retryable or self._resume == "never":
-            raise error
-        lost = time.monotonic()
-        response = self._connect(error)
-        self.answer = _Answer()
+    # Resuming
+
+    def resume(self, lost: SheepError) -> _Plan:
+        """Opens the next connection for a stream that was lost; raises the error where there is no way to go on"""
+        if self.wire.ended:
+            raise lost
+        if self._plan.dialect.pending:
+            return self._polled_again(lost)
+        last_try = self._failures + 1 >= self._options.retry.total
+        try:
+            if last_try and self._untold and isinstance(lost, StreamInterrupted) and lost.__cause__ is None:
+                raise lost  # that the server ended, again and again: the last request is not spent on more of it
+            return self._went_on_again(lost)
+        except StreamInterrupted as error:
+            if error is not lost or not self._untold or self._whole or self.is_late:
+                raise
+        return self._went_on_otherwise(lost)
+
+    def _went_on_again(self, lost: SheepError) -> _Plan:
+        """Goes on in the first way that there is; raises the error where there is none"""
+        if not lost.retryable:
+            raise lost
+        names = list(self._terms.resume)
+        if isinstance(lost, StreamError) and self.answer.finish_reason:  # it has ended: there is no more of it
+            names = [name for name in names if name != "replay"]
+        if len(self.usages) > self._options.retry.total:  # what is billed again is limited in all
+            names = [name for name in names if name == "replay"]
+        since = time.monotonic()
+        for name in names:
+            plan = _STRATEGIES[name](self._state())
+            if plan is not None and self._refusal(plan) not in self._refusing and self._opened(plan, lost):
+                self._taken(self._plan, since)
+                return self._plan
+        self._whole = self._whole or (self._is_finished and bool(self._terms.resume))
+        raise lost
+
+    def _went_on_otherwise(self, failed: SheepError) -> _Plan:
+        """Goes on from what a checkpoint holds in a way not tried yet, where one was in vain; at last, afresh"""
+        self._failures += 1
+        if self._failures > self._options.retry.total:
+            raise failed
+        _log.info("request %s: %s", self.own_request_id, failed)
+        names = self._terms.resume
+        tried = "replay" if self._plan.strategy == "poll" else self._plan.strategy
+        if not self._went_on(names[names.index(tried) + 1 :]):
+            self._begin()
+        return self._plan
+
+    def _state(self) -> _Lost:
+        reads_on = self._plan.strategy in ("", "replay", "restart")
+        return _Lost(
+            self.request,
+            self.answer.without_failure(),
+            self._plan.dialect if reads_on else None,
+            self._events if reads_on else _EventLog(),
+            self._target.continuation,
+            self._plan.given if reads_on else None,
+        )
+
+    def _opened(self, plan: _Plan, lost: SheepError | None, wait: bool = True) -> bool:
+        """Whether the server takes a plan; raises what no other plan could mend"""
+        if plan.strategy == "replay" and self._progress:
+            self._failures = 0
+        self._ask, self._plain = plan.ask, False
+        try:
+            self._connect(lost if wait else None)
+        except (InvalidRequestError, ModelNotFoundError) as refused:
+            _log.debug("request %s: %s refused: %s", self.own_request_id, plan.strategy, refused)
+            if plan.strategy == "replay":
+                poll = _poll(self._state())
+                return poll is not None and self._opened(poll, lost, wait=False)
+            if plan.strategy == "restart":
+                raise
+            self._refusing.add(self._refusal(plan))
+            return False
+        except (ConnectError, RateLimitError, ServerError, StreamTimeout) as failure:
+            if lost is None or failure is lost or not self.answer.given or self._untold or self.is_late:
+                raise
+            raise lost from failure
+        self._plan = plan
+        return True
+
+    def _refusal(self, plan: _Plan) -> str:
+        """What is remembered of a plan that a server refused"""
+        return f"{plan.strategy} {self.request.model} at {self._target.base_url}"
+
+    def _polled_again(self, lost: SheepError) -> _Plan:
+        """A job that is not done is asked for until it is, which costs nothing, within the limits"""
+        delay = self._options.retry.backoff(self.attempts)
+        limit = self._options.idle_timeout if self.answer.given else self._options.first_timeout
+        if limit is not None and time.monotonic() + delay - self._came_at > limit:
+            raise StreamTimeout(f"the response is not whole yet, and no chunk came for {limit} seconds") from lost
+        if not self._in_time(delay):
+            raise lost
+        self._pause(lost, self.attempts, delay)
+        plan = _poll(self._state())
+        if plan is None or not self._opened(plan, lost, wait=False):
+            raise lost
+        return self._plan
+
+    def _taken(self, plan: _Plan, since: float) -> None:
+        """Notes a way to go on that the server took"""
+        if plan.strategy not in ("replay", "poll"):
+            self.usages.append(None)
+            self._events = _EventLog()
+        if plan.strategy == "restart":
+            self.answer = _Answer()
+            self._plan = plan._replace(events=self._events.noted)
+            if self._journal is not None:
+                self._journal.restart()
         self.reconnects += 1
-        self.continuity = "restarted"
-        _log.info("request %s: the stream was lost before its first word, and is asked for anew", self.own_request_id)
+        order = ("single", "replayed", "verified", "restarted", "continued")
+        self.continuity = max(self.continuity, plan.continuity, key=order.index)
+        _log.info("request %s: the stream was lost, and goes on (%s)", self.own_request_id, plan.continuity)
         if self._options.retry.on_reconnect:
-            self._options.retry.on_reconnect(self.attempts, time.monotonic() - lost)
-        return response
+            self._options.retry.on_reconnect(self.attempts, time.monotonic() - since)
 
     # Reading
 
-    def chunks(self, response: requests.Response) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
         try:
-            yield from _resumed(self._read, self.restart, response)
+            # before what was saved is handed out it is known that the answer goes on from there
+            asked = self.response is not None and not self.cached
+            new = self._new_chunks() if asked else iter(())
+            first = list(itertools.islice(new, 1 if self._untold else 0))
+            for chunk in self._journal.chunks if self._journal is not None else ():
+                self.clock.note(chunk, time.monotonic(), time.monotonic())
+                yield chunk
+            yield from itertools.chain(first, new)
+            self.answer.complete = True
         finally:
             self.close()
 
-    def _read(self, response: requests.Response) -> Iterator[Chunk]:
-        """The chunks of one response"""
-        dialect = self._target.dialect(self._target.dialect.choices_asked(self.request.body))
+    def _new_chunks(self) -> Iterator[Chunk]:
+        chunks = _resumed(self._plan, self._read, self.resume)
+        while True:
+            asked = time.monotonic()
+            chunk = self._next(chunks)
+            self._untold = False
+            if chunk is None:
+                break
+            self.answer.add(chunk)
+            self._progress = self._progress or _says(chunk)
+            self._came_at = time.monotonic()
+            self.clock.note(chunk, asked, self._came_at)
+            if self._journal is not None:
+                self._journal.note(self.continuity)
+                # where to go on after a kill is known of events with an id of their own alone
+                self._journal.append(chunk if self._events.has_own_id else chunk._replace(event_id=""))
+            yield chunk
+        if self._journal is not None:
+            self._journal.note(self.continuity)
+            self._journal.finish()
+
+    def _next(self, chunks: Iterator[Chunk]) -> Chunk | None:
+        try:
+            return next(chunks, None)
+        except SheepError as error:
+            if not self._whole or self.wire.ended:
+                raise
+            _log.debug("request %s: the answer is whole, what follows it is lost: %s", self.own_request_id, error)
+            return None
+
+    def _read(self, plan: _Plan) -> Generator[Chunk, None, None]:
+        """The chunks of the connection that a plan has opened"""
+        response, dialect = self.response, plan.dialect
+        assert response is not None
         content_type = response.headers.get("Content-Type") or ""
         document = _is_document(content_type)
         blocks = _limited_blocks(response, self.wire)
         try:
             events = _framed(blocks, content_type, self._options.format, self._options.max_event_size)
-            yield from self._timed(_parsed(events, dialect, self.answer, document), dialect)
+            yield from self._timed(_parsed(plan.events(events), dialect, document), dialect)
             if self.wire.ended:
                 raise StreamInterrupted("ended from outside")
             if dialect.done:
                 self._read_out(response, blocks)
+            elif dialect.lost and self.answer.usage is None:
+                self._whole = True
+                raise StreamInterrupted("the connection was lost between the answer and its usage")
         except SheepError as error:
+            if isinstance(error, StreamError):
+                self._events.forget_last()
             if document and isinstance(error, StreamError) and not self.answer.given:
                 error = _refused_with_200(error)
             raise self._judged(error) from error.__cause__
@@ -4813,8 +5839,8 @@ class _Call:
             response.close()
 
     def _timed(self, chunks: Iterator[Chunk], dialect: Dialect) -> Iterator[Chunk]:
-        """The same chunks, each within the limits, and noted by the clock"""
-        wire, clock, idle = self.wire, self.clock, self._options.idle_timeout
+        """The same chunks, each within the limits"""
+        wire, idle = self.wire, self._options.idle_timeout
         reason = f"no chunk came for the idle_timeout of {idle} seconds"
         if wire.due is not None:  # what the caller did since the answer began is not the server's time
             wire.due += time.monotonic() - self._answered_at
@@ -4825,7 +5851,9 @@ class _Call:
             chunk = next(chunks, None)
             if chunk is None:
                 return
-            clock.note(chunk, asked, time.monotonic())
+            if chunk.usage is not None:
+                self.usages[-1:] = [chunk.usage]
+            self._events.said()
             yield chunk
             if dialect.whole:
                 wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
@@ -4855,7 +5883,7 @@ class _Call:
     def failed(self, error: SheepError) -> None:
         """Completes an error that goes to the caller"""
         self.answer.complete = False
-        _set_partial(error, self.answer)
+        _set_partial(error, self.answer, self._events.marks)
         error.request_id = error.request_id or self.request_id
         if error.response is None and self.response is not None:
             error.response, error.request = self.response, self.response.request
@@ -4867,12 +5895,31 @@ class _Call:
         if self._options.retry.on_give_up:
             self._options.retry.on_give_up(error, self.attempts)
 
+    def give_up(self) -> None:
+        """Asks the service to end a job that nobody waits for any more; that it fails is only logged"""
+        url = self._target.dialect.job_url(self._asked.url, self._asked.body or {}, self.answer.id, "cancel")
+        if not url or self.answer.complete or self._given_up:
+            return
+        self._given_up = True
+        wire = _Wire(_GIVE_UP_TIME, deadline=_GIVE_UP_TIME)
+        headers = {"X-Request-ID": self.own_request_id, **self._target.dialect.headers, **self._options.headers}
+        auth = _KeyAuth(self._target.key_headers) if self._target.key_headers else None
+        try:
+            _send(
+                self._via, wire, "POST", url, _GIVE_UP_TIME, headers=headers, auth=auth, allow_redirects=False
+            ).close()
+        except SheepError as error:
+            self._secrets.hide_error(error)
+            _log.debug("request %s: the job could not be cancelled: %s", self.own_request_id, error)
+
     def close(self) -> None:
         """Lets go of all that is held; may be called again"""
         if self.clock.end is None and self.clock.start is not None:
             self.clock.end = time.monotonic()
         if self.response is not None:
             self.response.close()
+        if self._journal is not None:
+            self._journal.close()
         if self._owned:
             self._via.close()
 
@@ -4953,7 +6000,8 @@ class Stream:
 
     def _open(self) -> Iterator[Chunk]:
         if self._chunks is None:
-            self._chunks = self._call.chunks(self._call.start())
+            self._call.start()
+            self._chunks = self._call.chunks()
         return self._chunks
 
     def _as_reader(self, step: Callable[[], _T | None]) -> _T | None:
@@ -4965,13 +6013,17 @@ class Stream:
         try:
             return step()
         except _StreamClosed:
+            self._call.give_up()
             self._finish()
             return None
         except SheepError as error:
+            if isinstance(error, StreamCancelled) or self._call.is_late:
+                self._call.give_up()
             self._finish()
             self._call.failed(error)
             raise
         except BaseException:
+            self._call.give_up()
             self._finish()
             raise
         finally:
@@ -4993,6 +6045,8 @@ class Stream:
         self._call.wire.end("closed")
         if self._busy.acquire(blocking=False):  # else the reader's thread wakes, and closes
             try:
+                if not self._ended:
+                    self._call.give_up()
                 self._finish()
             finally:
                 self._busy.release()
@@ -5064,11 +6118,11 @@ class Stream:
     def stats(self) -> StreamStats:
         """How it went so far"""
         call = self._call
-        return call.clock.stats(call.answer.usage, call.attempts, call.reconnects)
+        return call.clock.stats(call.usages, call.attempts, call.reconnects, call.cached)
 
     @property
     def continuity(self) -> str:
-        """How the text was made whole: "single", or "restarted" where a stream was lost before its first word"""
+        """The weakest way that made it whole: "single", "replayed", "verified", "restarted" or "continued" last"""
         return self._call.continuity
 
     @property
@@ -5151,63 +6205,49 @@ class Client:
         messages: str | Sequence[Mapping[str, Any]],
         *,
         model: str | None = None,
-        resume: str = "auto",
+        checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
+        refresh: bool = False,
+        resume: str | Sequence[str] = "auto",
+        resume_from: SheepError | ResumePoint | Mapping[str, Any] | Sequence[Any] | None = None,
         deadline: float | None = None,
         on_retry: Callable[[SheepError, int, float], object] | None = None,
         **params: Any,
     ) -> Stream:
         """The answer to ``messages`` as a Stream; see ``sheepsse.stream``"""
-        return Stream(self._call(messages, model, True, resume, deadline, on_retry, params))
+        terms = _Terms(True, deadline, on_retry, checkpoint, refresh, resume, resume_from)
+        return Stream(self._call(messages, model, params, terms))
 
     def complete(
         self,
         messages: str | Sequence[Mapping[str, Any]],
         *,
         model: str | None = None,
+        checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
+        refresh: bool = False,
         deadline: float | None = None,
         on_retry: Callable[[SheepError, int, float], object] | None = None,
         **params: Any,
     ) -> Completion:
         """The answer to ``messages``, whole; see ``sheepsse.complete``"""
-        answer = Stream(self._call(messages, model, False, "auto", deadline, on_retry, params))
-        for _ in answer.chunks():
-            pass
-        return answer.completion
+        terms = _Terms(False, deadline, on_retry, checkpoint, refresh)
+        return _completed(self._call(messages, model, params, terms))
 
     def _call(
-        self,
-        messages: str | Sequence[Mapping[str, Any]],
-        model: str | None,
-        stream: bool,
-        resume: str,
-        deadline: float | None,
-        on_retry: Callable[[SheepError, int, float], object] | None,
-        params: dict[str, Any],
-        owned: bool = False,
+        self, messages: Any, model: str | None, params: dict[str, Any], terms: _Terms, owned: bool = False
     ) -> _Call:
-        if resume not in ("auto", "never"):
-            raise ValueError(f"resume is 'auto' or 'never', got {resume!r}")
+        terms = terms.checked()
         options = self._options.but(**{name: params.pop(name) for name in _CALL_OPTIONS if name in params})
-        if on_retry is not None:
-            options = options.but(retry=options.retry.new(on_retry=on_retry))
+        if terms.on_retry is not None:
+            options = options.but(retry=options.retry.new(on_retry=terms.on_retry))
         _refuse_options(params)
         model = model or self.model
         if not model:
             raise InvalidRequestError("no model: pass model=..., as the provider names it")
         target = self._target(model, options.headers)
         params.update(params.pop("extra_body", None) or {})
-        url = target.dialect.url(target.base_url, model, stream)
-        body = target.dialect.body(_messages(messages), model, params, stream)
-        return _Call(
-            self._via(),
-            target,
-            _Request(url, body, model, stream),
-            options,
-            deadline=deadline,
-            resume=resume,
-            refusing=self._refusing,
-            owned=owned,
-        )
+        messages = tuple(_messages(messages))
+        request = _Request(target.base_url, target.dialect, messages, model, params, terms.stream)
+        return _Call(self._via(), target, request, options, terms, self._refusing, owned)
 
     def _via(self) -> requests.Session:
         if self._session is not None:
@@ -5228,7 +6268,7 @@ class Client:
         key = self._key(row, base_url, headers)
         key_headers = {**(dialect.key_headers(key) if key else {}), **_key_headers(headers)}
         check_url = dialect.endpoint(base_url, (row and row.check_path) or dialect.models_path)
-        return _Target(base_url, dialect, _Hidden(key_headers), check_url)
+        return _Target(base_url, dialect, _Hidden(key_headers), check_url, row.continuation if row else "")
 
     def _key(self, row: Provider | None, base_url: str, headers: Mapping[str, str]) -> str | None:
         if self._api_key is False or any(name.lower() in _KEY_STAND_INS for name in headers):
@@ -5304,9 +6344,9 @@ _CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session")
 #: keywords that the body must never see, and why they are refused
 _REFUSED_OPTIONS = {
     **dict.fromkeys(_CLIENT_OPTIONS, "belongs to the Client"),
-    **dict.fromkeys(("client", "resume"), "is no option here"),
-    **dict.fromkeys(("alignment", "breaker", "checkpoint", "fallback"), "is not there yet"),
-    **dict.fromkeys(("limiter", "prices", "refresh", "resume_from"), "is not there yet"),
+    **dict.fromkeys(("client", "resume", "resume_from"), "is no option here"),
+    **dict.fromkeys(("alignment", "breaker", "fallback"), "is not there yet"),
+    **dict.fromkeys(("limiter", "prices"), "is not there yet"),
 }
 
 
@@ -5347,7 +6387,10 @@ def stream(
     *,
     model: str | None = None,
     client: Client | None = None,
-    resume: str = "auto",
+    checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
+    refresh: bool = False,
+    resume: str | Sequence[str] = "auto",
+    resume_from: SheepError | ResumePoint | Mapping[str, Any] | Sequence[Any] | None = None,
     deadline: float | None = None,
     on_retry: Callable[[SheepError, int, float], object] | None = None,
     **params: Any,
@@ -5363,13 +6406,25 @@ def stream(
     for this call. Without a ``client`` the environment says who is asked.
 
     ``deadline`` is in seconds for the whole call. ``on_retry(error, attempt, delay)`` replaces the policy's.
-    ``resume="never"`` does not ask again for a stream that was lost before its first word.
+
+    A stream whose connection is lost goes on where it was lost, if that can neither repeat nor lose text; else
+    StreamInterrupted is raised. ``resume`` names the ways that may be tried, one or several in their order:
+    ``replay`` (the server gives ids, or keeps the answer: OpenAI Responses with ``background=True``), ``restart``
+    (nothing was given out yet), ``continue`` (the provider goes on with a partial answer: DeepSeek, Mistral, vLLM,
+    Anthropic up to 4.5), ``verify`` (asked again, swallowed while equal; also where only the usage was lost),
+    ``anchor`` (the model is told to repeat its last words and go on). ``"auto"`` is the first three, ``"never"`` is
+    none. All but ``replay`` are billed again, at most ``retry.total`` times. ``resume_from`` takes an
+    error or its ``resume_point``, also of another process, for the same request, and gives only what is missing.
+
+    ``checkpoint``, a folder or what Checkpoints gives, keeps each piece before it is given out. The same request
+    again, after a kill, gives what was kept and then what follows; it is asked anew where nothing goes on from
+    there. A request that was finished is answered from its file, tomorrow too, unless ``refresh`` asks anew.
 
     AuthenticationError for a missing or placeholder key and InvalidRequestError for a missing model are raised
-    here, all else when the Stream is read.
+    here, all else when the Stream is read; CheckpointError where a checkpoint cannot be used.
     """
-    call = _called(messages, model, client, True, resume, deadline, on_retry, params)
-    return Stream(call)
+    terms = _Terms(True, deadline, on_retry, checkpoint, refresh, resume, resume_from)
+    return Stream(_called(messages, model, client, params, terms))
 
 
 def complete(
@@ -5377,32 +6432,30 @@ def complete(
     *,
     model: str | None = None,
     client: Client | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
+    refresh: bool = False,
     deadline: float | None = None,
     on_retry: Callable[[SheepError, int, float], object] | None = None,
     **params: Any,
 ) -> Completion:
     """The same request, not streamed: the whole answer, or the error that ``stream`` would raise"""
-    answer = Stream(_called(messages, model, client, False, "auto", deadline, on_retry, params))
-    for _ in answer.chunks():
-        pass
-    return answer.completion
+    terms = _Terms(False, deadline, on_retry, checkpoint, refresh)
+    return _completed(_called(messages, model, client, params, terms))
 
 
-def _called(
-    messages: Any,
-    model: str | None,
-    client: Client | None,
-    stream: bool,
-    resume: str,
-    deadline: float | None,
-    on_retry: Callable[[SheepError, int, float], object] | None,
-    params: dict[str, Any],
-) -> _Call:
+def _called(messages: Any, model: str | None, client: Client | None, params: dict[str, Any], terms: _Terms) -> _Call:
     """The call of stream() and complete(), by a client given, made of their keywords, or of the environment"""
     own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
     asked = client or (Client(**own) if own else _Default.client())
     owned = bool(own) and "session" not in own
-    return asked._call(messages, model, stream, resume, deadline, on_retry, params, owned=owned)
+    return asked._call(messages, model, params, terms, owned)
+
+
+def _completed(call: _Call) -> Completion:
+    answer = Stream(call)
+    for _ in answer.chunks():
+        pass
+    return answer.completion
 
 
 # ============================================================================================================
@@ -5415,7 +6468,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 the answer is whole, 1 it failed, 2 wrong usage, 3 interrupted with partial text on stdout, 130 Ctrl-C.
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        names = [name.strip() for name in options.resume.split(",")]
+        options.resume = names if len(names) > 1 else options.resume
+        _strategies(options.resume)
+    except ValueError as error:
+        parser.error(str(error))
     if hasattr(sys.stdout, "reconfigure"):  # half an emoji must not end an answer, nor a console's code page
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -5469,6 +6529,13 @@ def _parser() -> Any:
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with its type and time")
     parser.add_argument("--stats", action="store_true", help="times and counts to standard error, at the end")
+    parser.add_argument("--checkpoint", metavar="DIR", help="keep what comes there, and go on with it when run again")
+    parser.add_argument(
+        "--resume",
+        metavar="WAYS",
+        default="auto",
+        help=f"how to go on when the connection is lost: auto, never, or of {', '.join(_STRATEGIES)}, with commas",
+    )
     parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give up after so long in all")
     parser.add_argument("--version", action="version", version=f"sheepsse {__version__}")
     return parser
@@ -5485,7 +6552,13 @@ def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
         with Client(
             options.provider, base_url=options.base_url, api_key=False if options.no_key else api_key
         ) as client:
-            answer = client.stream(messages, model=options.model, deadline=options.timeout)
+            answer = client.stream(
+                messages,
+                model=options.model,
+                deadline=options.timeout,
+                checkpoint=options.checkpoint,
+                resume=options.resume,
+            )
             with answer:
                 for chunk in answer.chunks():
                     show.chunk(chunk)
@@ -5493,7 +6566,7 @@ def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
         return 0
     except SheepError as error:
         show.error(error)
-        return 3 if error.partial.text else 1
+        return 3 if answer is not None and answer.stats.chars else 1
     finally:
         if options.stats and answer is not None:
             print(_stats_line(answer), file=sys.stderr)
@@ -5544,15 +6617,25 @@ class _JSONLines:
             self._print("finish", reason=chunk.finish_reason, finish=chunk.finish, index=chunk.index)
 
     def done(self, answer: Stream) -> None:
-        usage = None if answer.usage is None else {**answer.usage._asdict(), "cost": _plain(answer.cost)}
-        self._print("done", id=answer.id, model=answer.model, usage=usage, stats=answer.stats._asdict())
+        stats = answer.stats
+        by_attempt = list(map(_plain_usage, stats.usage_by_attempt))
+        shown = {**stats._asdict(), "usage_by_attempt": by_attempt}
+        self._print(
+            "done",
+            id=answer.id,
+            model=answer.model,
+            continuity=answer.continuity,
+            usage=_plain_usage(answer.usage),
+            stats=shown,
+        )
 
     def error(self, error: SheepError) -> None:
         self._print("error", code=error.code, message=str(error), status=error.status, request_id=error.request_id)
 
 
-def _plain(cost: Decimal | None) -> str | None:
-    return None if cost is None else str(cost)
+def _plain_usage(usage: Usage | None) -> dict[str, Any] | None:
+    """A usage as JSON can carry it"""
+    return None if usage is None else {**usage._asdict(), "cost": None if usage.cost is None else str(usage.cost)}
 
 
 def _stats_line(answer: Stream) -> str:
@@ -5565,6 +6648,8 @@ def _stats_line(answer: Stream) -> str:
     if stats.tokens_per_second is not None:
         shown.append(f"{stats.tokens_per_second:.0f} tokens a second")
     shown.append(f"{stats.attempts} request{'s' if stats.attempts != 1 else ''}")
+    if answer.continuity != "single":
+        shown.append(answer.continuity)
     return ", ".join(shown)
 
 

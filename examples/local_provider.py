@@ -134,7 +134,8 @@ class Answer(NamedTuple):
     #: before it, if that is the beginning of `text`: it repeats them exactly, none of them, partially (their second
     #: half), changed by a letter, or after a preamble; then comes the rest.
     anchor: str = "exact"
-    #: What a plain GET of a background response finds: completed, or running, with half of its text and no usage.
+    #: What a plain GET of a background response finds: completed; running, with half of its text and no usage; or
+    #: queued, with no text either.
     job: str = "completed"
     #: Whether a background response is too old to be streamed again, which is a 400.
     expired: bool = False
@@ -1457,7 +1458,7 @@ ROUTES: list[Route] = [
 
 IDS = ("none", "numbers", "unique", "sparse")
 REPLAYS = ("after", "inclusive", "whole", "forget")
-JOBS = ("completed", "running")
+JOBS = ("completed", "running", "queued")
 
 _REMEMBERED = 256
 _JOB_PATH = re.compile("/responses/([^/?]+)(/cancel)?(?:[?]|$)")
@@ -1523,6 +1524,8 @@ class Memory:
         response, _, cancelled = self._jobs[id]
         if cancelled or answer.job == "running":
             response = unfinished(response, "cancelled" if cancelled else "in_progress")
+        elif answer.job == "queued":
+            response = {**response, "status": "queued", "output": [], "usage": None}
         return Content(200, JSON, [dumps(response)], new=False)
 
     def _anew(self, answer: Answer, request: Request) -> Content:

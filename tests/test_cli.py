@@ -258,3 +258,26 @@ def test_a_full_disk_is_a_message_and_no_traceback(server):
 def test_a_key_in_the_place_of_a_provider_is_not_shown():
     with pytest.raises(sheepsse.InvalidRequestError, match="no provider of that name"):
         sheepsse.Client("sk-sheep-7f3a9c51d2e8b604")
+
+
+@pytest.mark.parametrize("ways", ["never", "auto", "verify", "replay, verify"])
+def test_resume_takes_the_ways_that_the_call_takes(server, ways):
+    server.answer(Answer(text=TEXT))
+    done = ask(server, "--resume", ways, "--stats")
+    assert (done.returncode, done.stdout.decode()) == (0, TEXT)
+
+
+@pytest.mark.parametrize("ways", ["always", "", "replay,magic"])
+def test_an_unknown_way_to_resume_is_wrong_usage(server, ways):
+    done = ask(server, "--resume", ways)
+    assert (done.returncode, done.stdout, server.requests) == (2, b"", [])
+    assert b"resume is" in done.stderr
+
+
+def test_a_checkpoint_that_cannot_be_gone_on_with_now_shows_nothing_and_keeps_it(server, tmp_path):
+    server.answer(Answer(text=TEXT, cut_after=3), error_answer(401), Answer(text=TEXT))
+    runs = [ask(server, "--checkpoint", str(tmp_path), "--stats") for _ in range(4)]
+    assert [done.returncode for done in runs] == [3, 1, 0, 0]
+    assert [done.stdout.decode() for done in runs[1:]] == ["", TEXT, TEXT]
+    assert b"restarted" in runs[2].stderr
+    assert len(server.requests) == 3

@@ -112,7 +112,7 @@ def test_api_key_false_beside_a_client_is_not_dropped_in_silence(server):
             list(client.stream("Go", api_key=False))
 
 
-@pytest.mark.parametrize("option", ["checkpoint", "limiter", "session", "base_url", "resume"])
+@pytest.mark.parametrize("option", ["checkpoint", "limiter", "session", "base_url", "resume", "resume_from"])
 def test_an_option_that_is_none_is_no_option_and_not_sent(server, client, option):
     client.complete("Go", **{option: None})
     assert set(server.requests[0].json) == {"model", "messages", "stream"}
@@ -120,7 +120,7 @@ def test_an_option_that_is_none_is_no_option_and_not_sent(server, client, option
 
 @pytest.mark.parametrize(
     "option",
-    ["alignment", "breaker", "checkpoint", "fallback", "limiter", "prices", "refresh", "resume_from"],
+    ["alignment", "breaker", "fallback", "limiter", "prices"],
 )
 def test_an_option_that_is_to_come_is_an_error(server, client, option):
     with pytest.raises(TypeError, match=f"{option}= is not there yet"):
@@ -262,7 +262,7 @@ def test_options_that_make_no_sense_are_errors_at_once():
     with pytest.raises(ValueError, match="format is 'sse' or 'json'"):
         sheepsse.Client(format="xml")
     client = sheepsse.Client(base_url="http://127.0.0.1:1", api_key=False, model=MODEL)
-    with pytest.raises(ValueError, match="resume is 'auto' or 'never'"):
+    with pytest.raises(ValueError, match="resume is 'auto', 'never', or of replay"):
         client.stream("Go", resume="always")
     with pytest.raises(ValueError, match="format is"):
         client.stream("Go", format="xml")

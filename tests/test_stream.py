@@ -175,7 +175,8 @@ def test_a_cut_stream_is_never_taken_for_whole(either_server, framing, cut):
         error = cut_error(either_server, client, framing=framing, cut=cut)
     assert type(error) is sheepsse.StreamInterrupted
     assert (error.code, error.retryable) == ("CONNECTION_LOST", True)
-    assert error.resume_point == sheepsse.ResumePoint("", None, len("".join(WORDS[:2])))
+    text = "".join(WORDS[:2])
+    assert error.resume_point[:4] == ("", None, len(text), text)
 
 
 @pytest.mark.parametrize("framing", ["length", "gzip-length"])
@@ -1255,12 +1256,12 @@ def test_a_deadline_counts_the_time_of_the_consumer_too(server, client):
 
 def test_a_slow_consumer_is_not_an_idle_stream(server):
     server.answer(Answer(pace=0.02))
-    with asking(server, idle_timeout=0.06, timeout=(5, 0.06)) as client:
+    with asking(server, idle_timeout=0.2, timeout=(5, 0.2)) as client:
         came = []
         for text in client.stream("Go"):
             came.append(text)
             if len(came) in (1, 4):
-                time.sleep(0.1)
+                time.sleep(0.3)
     assert came == WORDS
 
 
