@@ -41,6 +41,14 @@ def _nothing_leaks():
 
 
 @pytest.fixture
+def no_collection():
+    """For what recurses to the limit: a callback of the collector there, such as hypothesis has, aborts Python 3.8"""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture
 def server():
     with local_provider.LocalProvider() as provider:
         yield provider

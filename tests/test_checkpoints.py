@@ -660,7 +660,7 @@ def test_a_line_that_is_no_chunk_is_damage(path, content_of_line):
         Journal.open(path)
 
 
-def test_a_line_that_is_no_json_is_damage(path):
+def test_a_line_that_is_no_json_is_damage(path, no_collection):
     header, checksum = section._journal_line({"sheepsse": 1}, 0)
     for data in (b"{", b"\xff", b"[" * 100_000):
         with open(path, "wb") as file:

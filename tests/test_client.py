@@ -774,7 +774,7 @@ def test_check_says_what_is_wrong_and_asks_once(server, answer):
     assert len(server.requests) == 1
 
 
-def test_check_does_not_raise_for_json_that_is_too_deep(server, client):
+def test_check_does_not_raise_for_json_that_is_too_deep(server, client, no_collection):
     server.answer(Answer(body=b"[" * 200_000, content_type=JSON))
     assert client.check().status == "http_error"
 

@@ -413,7 +413,7 @@ def test_a_stream_is_whole_when_every_choice_asked_for_has_ended(server, client,
     assert stream.completion.complete == (choices <= 2)
 
 
-def test_a_deep_json_is_no_crash():
+def test_a_deep_json_is_no_crash(no_collection):
     with pytest.raises(sheepsse.InvalidStreamError):
         list(sheepsse.iter_chunks([sheepsse.ServerSentEvent(data="[" * 200_000)]))
 

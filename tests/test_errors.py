@@ -513,7 +513,7 @@ def test_an_error_body_that_trickles_does_not_keep_from_trying_again(server, cli
     [bytes(range(256)) * 20, b"[" * 100_000, b'{"a":' * 20_000, b'{"error": {"message": "cut', b"\xff\xfe{\x00}\x00"],
     ids=["binary", "deep array", "deep object", "cut JSON", "UTF-16"],
 )
-def test_an_error_body_that_cannot_be_read_is_quoted_on_one_line(server, client, body):
+def test_an_error_body_that_cannot_be_read_is_quoted_on_one_line(server, client, no_collection, body):
     error = raised(server, client, refused(502, body, content_type="application/octet-stream"))
     assert type(error) is ServerError
     assert "application/octet-stream" in str(error)

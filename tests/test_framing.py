@@ -287,7 +287,7 @@ def test_a_reconnection_time_of_thousands_of_digits_is_a_long_time_and_no_error(
     assert read([b"retry: " + b"0" * 5000 + b"7\n"]).retry == 7
 
 
-def test_the_last_event_is_dropped_where_its_json_is_too_deep_to_read():
+def test_the_last_event_is_dropped_where_its_json_is_too_deep_to_read(no_collection):
     assert read([b"data: a\n\ndata: " + b"[" * 100_000 + b"]" * 100_000 + b"\n"]).events == [says("a")]
 
 

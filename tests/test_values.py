@@ -126,7 +126,7 @@ def test_the_error_of_long_arguments_shows_only_their_beginning():
     assert len(str(caught.value)) < 400
 
 
-def test_arguments_too_deep_to_read_are_an_error_of_ours():
+def test_arguments_too_deep_to_read_are_an_error_of_ours(no_collection):
     with pytest.raises(sheepsse.InvalidStreamError):
         _ = ToolCall(arguments="[" * 100_000 + "]" * 100_000).parsed
 
