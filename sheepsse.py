@@ -3952,25 +3952,15 @@ def _replay(lost: _Lost) -> _Plan | None:
     given = lost.given if again is lost.dialect else _Given(lost.answer)
     url = lost.request.dialect.replay_url(ask.url, ask.body or {}, lost.answer.id, lost.dialect)
     if url:
-        return _repeating(lost, "replay", url, again, given)
+        return _repeating(lost, "replay", _Ask("GET", url, None), again, given)
     if not lost.log.cursor or (again is not lost.dialect and not _joins(again, lost.answer)):
         return None
     # a str would go out as latin-1, and requests refuses blanks at the ends, which HTTP does not keep
     cursor = lost.log.cursor.strip(" \t").encode("utf-8")
-
-    def chunks(repeated: Iterator[Chunk]) -> Iterator[Chunk]:
-        same = _same_answer(repeated, lost.answer, whole=again is lost.dialect)
-        return same if given is None else given.missing(same)
-
-    return _Plan(
-        "replay",
-        "replayed",
-        ask._replace(headers={"Last-Event-ID": cursor}),
-        again,
-        events=lambda events: lost.log.rest(events, given),
-        chunks=chunks,
-        given=given,
+    plan = _repeating(
+        lost, "replay", ask._replace(headers={"Last-Event-ID": cursor}), again, given, whole=again is lost.dialect
     )
+    return plan._replace(events=lambda events: lost.log.rest(events, given))
 
 
 def _joins(reader: Dialect, answer: _Answer) -> bool:
@@ -3978,14 +3968,16 @@ def _joins(reader: Dialect, answer: _Answer) -> bool:
     return not (reader.compares or answer.tool_calls or reader.choices > 1)
 
 
-def _repeating(lost: _Lost, strategy: str, url: str, again: Dialect, given: _Given | None) -> _Plan:
-    """The same generation from its address; from its start, unless its reader goes on"""
+def _repeating(
+    lost: _Lost, strategy: str, ask: _Ask, again: Dialect, given: _Given | None, whole: bool = True
+) -> _Plan:
+    """The same generation, held against what was given unless its reader goes on; see _same_answer for ``whole``"""
 
     def chunks(repeated: Iterator[Chunk]) -> Iterator[Chunk]:
-        same = _same_answer(repeated, lost.answer)
+        same = _same_answer(repeated, lost.answer, whole)
         return same if given is None else given.missing(same)
 
-    return _Plan(strategy, "replayed", _Ask("GET", url, None), again, chunks=chunks, given=given)
+    return _Plan(strategy, "replayed", ask, again, chunks=chunks, given=given)
 
 
 def _poll(lost: _Lost) -> _Plan | None:
@@ -3994,10 +3986,10 @@ def _poll(lost: _Lost) -> _Plan | None:
     url = lost.request.dialect.job_url(ask.url, ask.body or {}, lost.answer.id)
     if not url:
         return None
-    return _repeating(lost, "poll", url, _new_dialect(lost.request, ask), _Given(lost.answer))
+    return _repeating(lost, "poll", _Ask("GET", url, None), _new_dialect(lost.request, ask), _Given(lost.answer))
 
 
-def _same_answer(chunks: Iterator[Chunk], answer: _Answer, whole: bool = True) -> Iterator[Chunk]:
+def _same_answer(chunks: Iterator[Chunk], answer: _Answer, whole: bool) -> Iterator[Chunk]:
     """The same chunks, as long as they are of the same generation
 
     Where they are not ``whole``, what they keep for the vendor is not either, and is left out.
@@ -4098,20 +4090,22 @@ class _Given:
     @property
     def is_behind(self) -> bool:
         """Whether all of it was repeated, or is not repeated at all"""
-        texts = all(self._at[name] == len(given) for name, given in self._left.items())
-        return (
-            self.passed
-            or texts
-            and all(self._call_at[index] == len(call.arguments) for index, call in self._calls.items())
-        )
+        return self.passed or next(self._not_repeated(), None) is None
+
+    def _not_repeated(self) -> Iterator[tuple[str, int, str]]:
+        """What has not come again yet: its kind, where it begins, and its first characters"""
+        for name, given in self._left.items():
+            at = self._at[name]
+            if at < len(given):
+                yield name, at, given[at : at + 100]
+        for index, call in self._calls.items():
+            at = self._call_at[index]
+            if at < len(call.arguments):
+                yield "tool_calls", index, call.arguments[at : at + 100]
 
     def _require_all(self) -> None:
-        for name, given in self._left.items():
-            if self._at[name] < len(given):
-                raise self._difference(name, self._at[name], given[self._at[name] :], "")
-        for index, call in self._calls.items():
-            if self._call_at[index] < len(call.arguments):
-                raise self._difference("tool_calls", index, call.arguments[self._call_at[index] :], "")
+        for name, position, given in self._not_repeated():
+            raise self._difference(name, position, given, "")
 
     def _difference(self, name: str, position: int, given: str, repeated: str) -> StreamInterrupted:
         return StreamInterrupted(
@@ -5468,7 +5462,7 @@ class _Call:
             self._journal = self._terms.checkpoint.open(self._request_key(), self._terms.refresh)
             self._take_up(self._journal)
             begun = self._untold
-        if not (self._whole or (begun and self._went_on(self._terms.resume))):
+        if not (self._whole or (begun and self._went_on_from_elsewhere(self._terms.resume))):
             self._begin()
 
     def _request_key(self) -> str:
@@ -5499,7 +5493,8 @@ class _Call:
     def _went_on_for_usage(self) -> bool:
         """Whether there is a connection for the usage that a checkpoint lacks, where it is had for nothing"""
         try:
-            return self.answer.usage is None and "replay" in self._terms.resume and self._went_on(("replay",))
+            allowed = self.answer.usage is None and "replay" in self._terms.resume
+            return allowed and self._went_on_from_elsewhere(("replay",))
         except SheepError as error:
             _log.debug("request %s: the usage is lost: %s", self.own_request_id, self._judged(error))
             return False
@@ -5519,12 +5514,17 @@ class _Call:
         self.answer, self._events = _Answer(), _EventLog()
         self._plan = _Plan("", "single", self._ask, _new_dialect(self.request, self._ask), self._events.noted)
 
-    def _went_on(self, names: Sequence[str]) -> bool:
+    def _went_on_from_elsewhere(self, names: Sequence[str]) -> bool:
         """Whether there is a connection for an answer of which some was received before, by another call"""
+        ways = [name for name in names if name != "restart"]
+        return self._went_on(ways, self._state()._replace(dialect=None, given=None), None)
+
+    def _went_on(self, names: Sequence[str], state: _Lost, lost: SheepError | None) -> bool:
+        """Whether there is a connection to go on with, by the first of these strategies that is valid and taken"""
         since = time.monotonic()
         for name in names:
-            plan = _STRATEGIES[name](self._state()._replace(dialect=None, given=None)) if name != "restart" else None
-            if plan is not None and self._refusal(plan) not in self._refusing and self._opened(plan, None):
+            plan = _STRATEGIES[name](state)
+            if plan is not None and self._refusal(plan) not in self._refusing and self._opened(plan, lost):
                 self._taken(self._plan, since)
                 return True
         return False
@@ -5675,12 +5675,8 @@ class _Call:
             names = [name for name in names if name != "replay"]
         if len(self.usages) > self._options.retry.total:  # what is billed again is limited in all
             names = [name for name in names if name == "replay"]
-        since = time.monotonic()
-        for name in names:
-            plan = _STRATEGIES[name](self._state())
-            if plan is not None and self._refusal(plan) not in self._refusing and self._opened(plan, lost):
-                self._taken(self._plan, since)
-                return self._plan
+        if self._went_on(names, self._state(), lost):
+            return self._plan
         self._whole = self._whole or (self._is_finished and bool(self._terms.resume))
         raise lost
 
@@ -5692,7 +5688,7 @@ class _Call:
         _log.info("request %s: %s", self.own_request_id, failed)
         names = self._terms.resume
         tried = "replay" if self._plan.strategy == "poll" else self._plan.strategy
-        if not self._went_on(names[names.index(tried) + 1 :]):
+        if not self._went_on_from_elsewhere(names[names.index(tried) + 1 :]):
             self._begin()
         return self._plan
 
