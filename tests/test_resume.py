@@ -117,7 +117,7 @@ CONTINUED_CASES = [
     *(Case(f"anchor {dialect}", "continued", ("restart", "anchor"), dialect) for dialect in DIALECT_BASES),
 ]
 CASES = CHAT_CASES + ANEW_CASES + CONTINUED_CASES
-BY_EVENT = ("replay gzip", "verify CRLF", "continue deepseek")
+BY_EVENT = ("replay gzip", "verify gzip", "verify CRLF", "continue deepseek")
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
