@@ -812,7 +812,7 @@ def iter_bytes(response: requests.Response) -> Iterator[bytes]:
     while True:
         try:
             block = read()
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, OverflowError) as error:
             raise _body_error(error) from error
         if not block:
             return

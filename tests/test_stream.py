@@ -401,6 +401,14 @@ def test_a_dialect_may_do_without_an_end_marker(server):
         assert type(read(client.stream("Go"))[1]) is sheepsse.StreamInterrupted  # a lost connection is one still
 
 
+@pytest.mark.parametrize("size", [b"", b"zz", b"-1", b"f" * 21, b"-" + b"f" * 21])
+def test_a_chunk_whose_size_is_none_ends_the_stream_like_a_lost_connection(server, client, size):
+    body = b"5\r\n: a\n\n\r\n" + size + b"\r\ndata: {}\n\n\r\n0\r\n\r\n"
+    server.answer(Answer(body=body, block=4096, framing="close", headers={"Transfer-Encoding": "chunked"}))
+    came, error = read(client.stream("Good day?", resume="never"))
+    assert (came, type(error)) == ([], sheepsse.StreamInterrupted)
+
+
 # The mistakes that code of this kind makes
 
 
