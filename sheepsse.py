@@ -3913,6 +3913,8 @@ class _Lost(NamedTuple):
     """A stream that was lost: what is known of it"""
 
     request: _Request
+    #: the HTTP request that it makes
+    ask: _Ask
     #: what was given out
     answer: _Answer
     #: as far as it has read; None where another process did
@@ -3945,7 +3947,7 @@ def _new_dialect(request: _Request, ask: _Ask) -> Dialect:
 
 def _replay(lost: _Lost) -> _Plan | None:
     """The same generation again, from where it was lost: it is billed once"""
-    ask = lost.request.ask()
+    ask = lost.ask
     if not lost.request.stream:
         return _poll(lost)
     again = lost.dialect or _new_dialect(lost.request, ask)
@@ -3982,7 +3984,7 @@ def _repeating(
 
 def _poll(lost: _Lost) -> _Plan | None:
     """The whole of the same generation, where its stream cannot be had any more"""
-    ask = lost.request.ask()
+    ask = lost.ask
     url = lost.request.dialect.job_url(ask.url, ask.body or {}, lost.answer.id)
     if not url:
         return None
@@ -4004,14 +4006,12 @@ def _restart(lost: _Lost) -> _Plan | None:
     """The same request again, where nothing was given out"""
     if lost.answer.given or (lost.dialect is not None and lost.dialect.whole):
         return None
-    ask = lost.request.ask()
-    return _Plan("restart", "restarted", ask, _new_dialect(lost.request, ask))
+    return _Plan("restart", "restarted", lost.ask, _new_dialect(lost.request, lost.ask))
 
 
 def _verify(lost: _Lost) -> _Plan | None:
     """The same request again, whose answer must begin as this one did"""
-    ask = lost.request.ask()
-    again = _new_dialect(lost.request, ask)
+    again = _new_dialect(lost.request, lost.ask)
     if again.choices > 1:
         return None
     given = _Given(lost.answer)
@@ -4021,7 +4021,7 @@ def _verify(lost: _Lost) -> _Plan | None:
             # the ids of calls are others now than those given out, and those of events of another stream
             yield chunk._replace(event_id="", vendor=None if lost.answer.tool_calls else chunk.vendor)
 
-    return _Plan("verify", "verified", ask, again, chunks=chunks)
+    return _Plan("verify", "verified", lost.ask, again, chunks=chunks)
 
 
 class _Given:
@@ -4123,13 +4123,13 @@ def _common(first: str, second: str) -> int:
 # To continue: the partial answer goes back, and the model goes on with it
 
 
-def _is_text_alone(lost: _Lost, ask: _Ask) -> bool:
+def _is_text_alone(lost: _Lost) -> bool:
     """Whether what was given is text of the one choice, still open"""
     answer = lost.answer
     return (
         bool(answer.text)
         and not (answer.reasoning or answer.refusal or answer.tool_calls or answer.finish_reason)
-        and lost.request.dialect.choices_asked(ask.body or {}) == 1
+        and lost.request.dialect.choices_asked(lost.ask.body or {}) == 1
     )
 
 
@@ -4183,7 +4183,7 @@ _CONTINUATIONS = {
 def _continue(lost: _Lost) -> _Plan | None:
     """The provider goes on with the text as it was received"""
     rule = _CONTINUATIONS.get(lost.continuation)
-    if rule is None or not _is_text_alone(lost, lost.request.ask()):
+    if rule is None or not _is_text_alone(lost):
         return None
     text = "".join(lost.answer.text)
     kept = text.rstrip() if rule.strips else text
@@ -4292,7 +4292,7 @@ _ANCHOR, _PROOF = 40, 8
 
 def _anchor(lost: _Lost) -> _Plan | None:
     """The model is told that its answer was cut, and to repeat its last words before it goes on"""
-    if not _is_text_alone(lost, lost.request.ask()):
+    if not _is_text_alone(lost):
         return None
     words: list[str] = []
     for piece in reversed(lost.answer.text):
@@ -5172,6 +5172,11 @@ class _Target(NamedTuple):
     #: how the provider goes on with a partial answer, or ""
     continuation: str
 
+    @property
+    def auth(self) -> _KeyAuth | None:
+        """What puts the key into a request"""
+        return _KeyAuth(self.key_headers) if self.key_headers else None
+
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
@@ -5295,7 +5300,7 @@ class _Clock:
         if self.chunks and came - asked > self.longest_gap:
             self.longest_gap = came - asked
         self.chunks += 1
-        if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.refusal:
+        if _says(chunk):
             self.pieces += 1
             if self.first_piece is None:
                 self.first_piece = came
@@ -5445,9 +5450,13 @@ class _Call:
         self._given_up = False
         self._asked = self._ask = request.ask()  # at first, and as it stands
         self._events = _EventLog(events)
-        self._plan = _Plan("", "single", self._ask, _new_dialect(request, self._ask), self._events.noted)
+        self._plan = self._first_plan()
         self._where = _public_url(self._ask.url)
         self._secrets = _secrets_of(via, target)
+
+    def _first_plan(self) -> _Plan:
+        """What there is before anything is lost"""
+        return _Plan("", "single", self._asked, _new_dialect(self.request, self._asked), self._events.noted)
 
     # Sending
 
@@ -5512,7 +5521,7 @@ class _Call:
             self.continuity = "restarted"
         self._untold = False
         self.answer, self._events = _Answer(), _EventLog()
-        self._plan = _Plan("", "single", self._ask, _new_dialect(self.request, self._ask), self._events.noted)
+        self._plan = self._first_plan()
 
     def _went_on_from_elsewhere(self, names: Sequence[str]) -> bool:
         """Whether there is a connection for an answer of which some was received before, by another call"""
@@ -5586,7 +5595,7 @@ class _Call:
             self._options.timeout[0],
             data=data,
             headers={**headers, **self._options.headers, **ask.headers},
-            auth=_KeyAuth(self._target.key_headers) if self._target.key_headers else None,
+            auth=self._target.auth,
             allow_redirects=False,
         )
 
@@ -5696,6 +5705,7 @@ class _Call:
         reads_on = self._plan.strategy in ("", "replay", "restart")
         return _Lost(
             self.request,
+            self._asked,
             self.answer.without_failure(),
             self._plan.dialect if reads_on else None,
             self._events if reads_on else _EventLog(),
@@ -5899,7 +5909,7 @@ class _Call:
         self._given_up = True
         wire = _Wire(_GIVE_UP_TIME, deadline=_GIVE_UP_TIME)
         headers = {"X-Request-ID": self.own_request_id, **self._target.dialect.headers, **self._options.headers}
-        auth = _KeyAuth(self._target.key_headers) if self._target.key_headers else None
+        auth = self._target.auth
         try:
             _send(
                 self._via, wire, "POST", url, _GIVE_UP_TIME, headers=headers, auth=auth, allow_redirects=False
@@ -6314,7 +6324,7 @@ class Client:
             url,
             timeout,
             headers={"Accept": "application/json", **target.dialect.headers, **self._options.headers},
-            auth=_KeyAuth(target.key_headers) if target.key_headers else None,
+            auth=target.auth,
             allow_redirects=False,
         )
         try:
