@@ -43,6 +43,13 @@ class Target(NamedTuple):
     how: str = "times"
     at_least: bool = False
 
+    def theirs(self, values: dict[str, list[float]]) -> list[float] | None:
+        """The runs of the one that it is compared with, None where there are none"""
+        if self.of == "others":
+            others = [runs for name, runs in values.items() if name not in ("sheepsse", "bare")]
+            return min(others, key=statistics.median, default=None)
+        return values.get(self.of)
+
     def measured(self, values: dict[str, list[float]]) -> float | None:
         """The median of what each run says; None where one of the two was not measured"""
         ours = values.get("sheepsse")
@@ -50,11 +57,7 @@ class Target(NamedTuple):
             return None
         if not self.of:
             return statistics.median(ours)
-        if self.of == "others":
-            others = [runs for name, runs in values.items() if name not in ("sheepsse", "bare")]
-            theirs = min(others, key=statistics.median, default=None)
-        else:
-            theirs = values.get(self.of)
+        theirs = self.theirs(values)
         if not theirs:
             return None
         pairs = zip(ours, theirs)

@@ -56,6 +56,12 @@ class Peer:
             if is_last(payload):
                 return
 
+    def whole_texts_of(self, scenario: Scenario, datas: Iterator[str]) -> Iterator[str]:
+        """The same, and then on to the end of the body, without which there is no warm connection"""
+        yield from self.texts_of(scenario, datas)
+        for _ in datas:
+            pass
+
 
 class Bare(Peer):
     """A socket, `split` and `json.loads`: what nothing that reads JSON in Python can do without"""
@@ -143,10 +149,7 @@ class OnRequests(Peer):
 
         def ask() -> Iterator[str]:
             with session.post(url, json=BODY, stream=True) as response:
-                datas = self.datas(response, scenario)
-                yield from self.texts_of(scenario, datas)
-                for _ in datas:  # to the end of the body, without which there is no warm connection
-                    pass
+                yield from self.whole_texts_of(scenario, self.datas(response, scenario))
 
         return ask
 
@@ -189,10 +192,7 @@ class HttpxSSE(Peer):
 
         def ask() -> Iterator[str]:
             with httpx_sse.connect_sse(client, "POST", url, json=BODY) as source:
-                datas = (event.data for event in source.iter_sse())
-                yield from self.texts_of(scenario, datas)
-                for _ in datas:
-                    pass
+                yield from self.whole_texts_of(scenario, (event.data for event in source.iter_sse()))
 
         return ask
 

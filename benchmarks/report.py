@@ -177,14 +177,13 @@ def draw(result: Result, path: str) -> None:
 
 def limit_of(target: Target, values: Values) -> float | None:
     """Where a target puts the limit of ours, on the scale of the others"""
-    theirs = [statistics.median(runs) for name, runs in values.items() if name == target.of]
-    if target.of == "others":
-        theirs = [statistics.median(runs) for name, runs in values.items() if name not in ("sheepsse", "bare")]
-    if target.of and not theirs:
+    if not target.of:
+        return target.limit
+    theirs = target.theirs(values)
+    if not theirs:
         return None
-    if target.how == "more":
-        return min(theirs) + target.limit
-    return min(theirs, default=1.0) * target.limit
+    middle = statistics.median(theirs)
+    return middle + target.limit if target.how == "more" else middle * target.limit
 
 
 def draw_row(panel: Any, values: Values, limits: list[float]) -> None:
