@@ -179,6 +179,14 @@ def test_the_headers_say_what_is_wanted_and_by_whom(server):
     assert streamed["X-Request-ID"] != whole["X-Request-ID"]
 
 
+def test_a_header_that_is_none_is_left_out(server):
+    with asking(server, headers={"X-One": "1", "Accept-Encoding": None}) as client:
+        client.complete("Good day?", headers={"X-One": None, "x-request-id": None})
+    sent = {name.lower(): value for name, value in server.requests[0].headers.items()}
+    assert not {"x-one", "x-request-id"} & set(sent)
+    assert sent["accept-encoding"] == "identity"
+
+
 def test_headers_of_the_client_and_of_the_call_are_added(server):
     with asking(server, headers={"X-Mine": "client", "X-Both": "client", "accept": "text/plain"}) as client:
         list(client.stream("Go", headers={"X-Both": "call", "User-Agent": "me"}))

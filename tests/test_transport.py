@@ -985,6 +985,35 @@ def test_a_proxy_that_is_not_there_is_a_connect_error(server, monkeypatch):
     assert server.requests == []
 
 
+def test_a_client_looks_at_the_environment_as_it_is_at_each_request(server, monkeypatch):
+    with sheepsse.Client(base_url=server.base_url, api_key=False, model="m", retry=0) as client:
+        assert "".join(client.stream("Good day?")) == TEXT
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed_port()}")
+        with pytest.raises(ConnectError):
+            "".join(client.stream("Good day?"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert "".join(client.stream("Good day?")) == TEXT
+
+
+def test_a_body_of_known_length_gives_its_connection_back_with_its_last_byte(server):
+    server.default = Answer(framing="length", block=1 << 20)
+    with sheepsse.Client(base_url=server.base_url, api_key=False, model="m", retry=0) as client:
+        for _ in range(3):
+            with client.stream("Good day?") as stream:
+                assert TEXT.startswith(next(stream))
+        assert "".join(client.stream("Good day?")) == TEXT
+    assert server.connections == 1
+
+
+def test_a_body_that_is_not_all_there_does_not_give_its_connection_back(server):
+    server.default = Answer(framing="length", stall_after=3)
+    with sheepsse.Client(base_url=server.base_url, api_key=False, model="m", retry=0) as client:
+        for _ in range(3):
+            with client.stream("Good day?") as stream:
+                assert TEXT.startswith(next(stream))
+    assert server.connections == 3
+
+
 def test_a_socks_proxy_keeps_the_pools_of_its_own(monkeypatch):
     manager = urllib3.PoolManager()
     own = manager.pool_classes_by_scheme
