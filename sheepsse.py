@@ -1196,7 +1196,7 @@ def _media_type(content_type: str) -> str:
 
 _JSON_TYPES = frozenset({"application/json", "application/x-ndjson", "application/jsonl"})
 #: how the first line of an event stream begins, a BOM aside
-_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?[:\r\n]|(?:data|id)$")
+_FIRST_LINE = rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?[:\r\n]|(?:data|id)$"
 
 
 def _can_be_told(content_type: str, start: bytes) -> bool:
@@ -1218,15 +1218,12 @@ def _framing(content_type: str, start: bytes) -> str:
         return "json"
     if media_type == "text/event-stream" and start[:1] != b"<":
         return "sse"
-    if media_type != "text/html" and _FIRST_LINE.match(start):
+    if media_type != "text/html" and re.match(_FIRST_LINE, start):
         return "sse"
     raise InvalidStreamError(
         f"expected Content-Type text/event-stream, got {content_type or 'none'!r} with {_excerpt(start)}; "
         "is the base URL that of the API?"
     )
-
-
-_LINE_END = re.compile("\r\n|\r|\n")
 
 
 def encode_event(event: ServerSentEvent) -> bytes:
@@ -1248,7 +1245,7 @@ def encode_event(event: ServerSentEvent) -> bytes:
         lines.append(f"id: {event.id}")
     if event.retry is not None:
         lines.append(f"retry: {event.retry:d}")
-    lines.extend(f"data: {line}" for line in _LINE_END.split(event.data))
+    lines.extend(f"data: {line}" for line in re.split("\r\n|\r|\n", event.data))
     return "\n".join([*lines, "", ""]).encode("utf-8", "replace")
 
 
@@ -1726,14 +1723,13 @@ def _result_text(content: Any) -> str:
     return _plain_text(content)
 
 
-class _Image(NamedTuple):
+class _Image:
     """A part ``{"type": "image_url", "image_url": {"url": ...}}``, taken apart"""
 
-    url: str
-    #: of a data: URL, else ""
-    data: str
-    media_type: str
-    detail: str
+    def __init__(self, url: str, data: str, media_type: str, detail: str) -> None:
+        self.url, self.media_type, self.detail = url, media_type, detail
+        #: of a data: URL, else ""
+        self.data = data
 
 
 def _image(part: Any) -> _Image | None:
@@ -2901,15 +2897,15 @@ def _set_partial(error: SheepError, answer: _Answer, events: Sequence[Sequence[A
     error.resume_point = answer.resume_point(events)
 
 
-class _Reported(NamedTuple):
+class _Reported:
     """What an error object says, whichever vendor's shape it has"""
 
-    message: str
-    code: str | int | None = None
-    type: str = ""
-    #: the parts that Gemini and Anthropic put beside the message
-    details: Any = None
-    request_id: str = ""
+    def __init__(
+        self, message: str, code: str | int | None = None, type: str = "", details: Any = None, request_id: str = ""
+    ) -> None:
+        self.message, self.code, self.type, self.request_id = message, code, type, request_id
+        #: the parts that Gemini and Anthropic put beside the message
+        self.details = details
 
 
 def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
@@ -2950,9 +2946,9 @@ def _code(value: Any) -> str | int | None:
 
 
 #: how the vendors call failures of theirs that may pass, in an error inside a stream
-_PASSING = re.compile(
-    r"server_error|internal|overloaded|unavailable|timeout|timed_out|rate_limit|too_many_requests|api_error|exhausted",
-    re.IGNORECASE,
+_PASSING = (
+    r"(?i)server_error|internal|overloaded|unavailable|timeout|timed_out|rate_limit|too_many_requests|api_error"
+    r"|exhausted"
 )
 
 
@@ -2961,7 +2957,7 @@ def _stream_error(reported: _Reported) -> StreamError:
     if re.fullmatch("[0-9]{3}", str(code)):
         passing = int(str(code)) in RETRYABLE_STATUS
     else:
-        passing = bool(_PASSING.search(f"{code or ''} {reported.type}"))
+        passing = re.search(_PASSING, f"{code or ''} {reported.type}") is not None
     return StreamError(
         f"the provider reported an error in the stream: {reported.message or code or 'it did not say which'}",
         code=code if isinstance(code, str) else None,
@@ -2985,11 +2981,9 @@ _QUOTA_CODES = frozenset(
 )
 _MODEL_CODES = frozenset({"model_not_found", "DeploymentNotFound", "not_found_error", "invalid_model"})
 #: a model that is not there, where no code says so (Gemini, Vertex, Ollama, DeepSeek)
-_MODEL_MESSAGE = re.compile(
-    r"\bmodels?\b.*\b(not found|does not exist|not exist)\b|\bnot a valid model\b", re.IGNORECASE | re.DOTALL
-)
+_MODEL_MESSAGE = r"(?is)\bmodels?\b.*\b(not found|does not exist|not exist)\b|\bnot a valid model\b"
 #: a key refused with another status than 401 (Gemini, xAI)
-_KEY_MESSAGE = re.compile(r"\bAPI_KEY_INVALID\b|\b(incorrect|invalid) api key\b", re.IGNORECASE)
+_KEY_MESSAGE = r"(?i)\bAPI_KEY_INVALID\b|\b(incorrect|invalid) api key\b"
 
 
 def _is_quota(status: int, reported: _Reported) -> bool:
@@ -3008,10 +3002,10 @@ def _error_class(status: int, reported: _Reported) -> type[SheepError]:
         return RateLimitError
     if status in (408, 409) or status >= 500:
         return ServerError
-    if status == 400 and _KEY_MESSAGE.search(f"{reported.message} {json.dumps(reported.details)}"):
+    if status == 400 and re.search(_KEY_MESSAGE, f"{reported.message} {json.dumps(reported.details)}"):
         return AuthenticationError
     if status in (400, 404) and (
-        reported.code in _MODEL_CODES or reported.type in _MODEL_CODES or _MODEL_MESSAGE.search(reported.message)
+        reported.code in _MODEL_CODES or reported.type in _MODEL_CODES or re.search(_MODEL_MESSAGE, reported.message)
     ):
         return ModelNotFoundError
     return InvalidRequestError
@@ -4195,14 +4189,17 @@ def _is_text_alone(lost: _Lost) -> bool:
     )
 
 
-class _Continuation(NamedTuple):
+class _Continuation:
     """How a provider is asked to go on with an answer"""
 
-    request: Callable[[_Request, str], _Request | None]
-    #: whether it repeats what it goes on from
-    echoes: bool = False
-    #: whether what it goes on from must not end in white space
-    strips: bool = False
+    def __init__(
+        self, request: Callable[[_Request, str], _Request | None], echoes: bool = False, strips: bool = False
+    ) -> None:
+        self.request = request
+        #: whether it repeats what it goes on from
+        self.echoes = echoes
+        #: whether what it goes on from must not end in white space
+        self.strips = strips
 
 
 def _deepseek_prefix(request: _Request, text: str) -> _Request | None:
@@ -5031,7 +5028,7 @@ class Checkpoints:
             return []
         except (OSError, ValueError) as error:
             raise _failed(self._folder, "read", error) from error
-        return [os.path.join(self._folder, name) for name in names if _FILE_NAME.fullmatch(name)]
+        return [os.path.join(self._folder, name) for name in names if re.fullmatch(_FILE_NAME, name)]
 
 
 class _Checkpoint(NamedTuple):
@@ -5062,7 +5059,7 @@ def _as_checkpoint(place: Any) -> _Checkpoint:
 
 
 #: what _file_name makes
-_FILE_NAME = re.compile(r"(?:[\w-]+-)?[0-9a-f]{32}\.jsonl|[0-9a-f]{64}\.jsonl", re.ASCII)
+_FILE_NAME = r"(?a)(?:[\w-]+-)?[0-9a-f]{32}\.jsonl|[0-9a-f]{64}\.jsonl"
 
 
 def _file_name(name: str) -> str:
@@ -5219,20 +5216,23 @@ PROVIDERS: dict[str, Provider] = {
 #: headers in which a caller sends a key of their own, in place of api_key; gateways want theirs beside it
 _KEY_STAND_INS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api-key"})
 
-_PLACEHOLDER = re.compile(r"\s*|your[_-].*|<.*>|changeme", re.IGNORECASE | re.DOTALL)
+_PLACEHOLDER = r"(?is)\s*|your[_-].*|<.*>|changeme"
 
 
-class _Target(NamedTuple):
+class _Target:
     """Who is asked: the result of all that names a provider"""
 
-    base_url: str
-    dialect: type[Dialect]
-    #: the headers that carry the key
-    key_headers: dict[str, str]
-    #: where ``check`` asks
-    check_url: str
-    #: how the provider goes on with a partial answer, or ""
-    continuation: str
+    def __init__(
+        self, base_url: str, dialect: type[Dialect], key_headers: dict[str, str], check_url: str, continuation: str
+    ) -> None:
+        self.base_url = base_url
+        self.dialect = dialect
+        #: the headers that carry the key
+        self.key_headers = key_headers
+        #: where ``check`` asks
+        self.check_url = check_url
+        #: how the provider goes on with a partial answer, or ""
+        self.continuation = continuation
 
     @property
     def auth(self) -> _KeyAuth | None:
@@ -5267,7 +5267,7 @@ def _key_variables() -> str:
 
 
 def _is_placeholder(key: str | None) -> bool:
-    return _PLACEHOLDER.fullmatch(key or "") is not None
+    return re.fullmatch(_PLACEHOLDER, key or "") is not None
 
 
 def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
