@@ -48,6 +48,7 @@ import time
 from http.client import HTTPException
 from http.client import HTTPResponse as _HTTPResponse
 from http.client import IncompleteRead as _IncompleteRead
+from json.decoder import scanstring  # type: ignore[attr-defined]  # left out by its stubs
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -56,6 +57,7 @@ from typing import (
     Generator,
     Iterable,
     Iterator,
+    List,
     Mapping,
     NamedTuple,
     Sequence,
@@ -657,14 +659,35 @@ def _says(chunk: Chunk) -> bool:
     return bool(chunk.text or chunk.reasoning or chunk.refusal or chunk.tool_calls)
 
 
+class _Pieces(List[str]):
+    """A text that grows, in pieces of which short ones are put together: a str takes 50 bytes beside its letters"""
+
+    _MANY = 1000
+    _SHORT = 64
+    _done = 0  # pieces that stay as they are
+
+    def append(self, piece: str) -> None:
+        super().append(piece)
+        self._put_together()
+
+    def extend(self, pieces: Iterable[str]) -> None:
+        super().extend(pieces)
+        self._put_together()
+
+    def _put_together(self) -> None:
+        if len(self) - self._done >= self._MANY:
+            text = "".join(self[self._done :])
+            if len(text) < self._SHORT * (len(self) - self._done):
+                self[self._done :] = [text]
+            self._done = len(self)
+
+
 class _Answer:
     """The fold: what the chunks of one choice say together, so far"""
 
     def __init__(self, index: int = 0) -> None:
         self.index = index
-        self.text: list[str] = []
-        self.reasoning: list[str] = []
-        self.refusal: list[str] = []
+        self.text, self.reasoning, self.refusal = _Pieces(), _Pieces(), _Pieces()
         self.tool_calls: dict[int, tuple[str, str, list[str]]] = {}
         self.finish_reason: str | None = None
         self.finish: str | None = None
@@ -881,6 +904,8 @@ class SSEDecoder:
 
     #: whether a last event that lacks only its blank line is given out where the connection was lost
     salvages = True
+    #: how an event ends, as servers write it
+    _END = re.compile(rb"\n\n|\r\n\r\n")
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE, last_event_id: str = "") -> None:
         #: the id that a reconnecting client sends back, as of the last blank line
@@ -897,6 +922,12 @@ class SSEDecoder:
         self._event = b""
         self._id = last_event_id.encode("utf-8")
         self._event_retry: int | None = None
+
+    @property
+    def _is_between(self) -> bool:
+        """Whether the next byte begins an event of which nothing is known: no id, no open line"""
+        begun = self._open or self._after_cr or self._event or self._id or self._failure
+        return not begun and self._data is None and self._event_retry is None
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes"""
@@ -1011,10 +1042,221 @@ def _blocks_of(source: requests.Response | Iterable[bytes]) -> Iterable[bytes]:
     return iter_bytes(source) if hasattr(source, "iter_content") else source  # type: ignore[arg-type]
 
 
-def _decoded(blocks: Iterable[bytes], decoder: SSEDecoder | _JSONDecoder) -> Iterator[ServerSentEvent]:
+class _Texts(ServerSentEvent):
+    """Events in a row that are like one that was read whole, but for a string in each: what these strings say"""
+
+    texts: list[str]
+    #: their bytes, and how each of them ends
+    wire: bytes
+    end: bytes
+    #: what the event said that they are like
+    like: Chunk
+    #: their decoder, as if they were alone
+    decoder: Callable[[], SSEDecoder | _JSONDecoder]
+
+    def events(self) -> list[ServerSentEvent]:
+        """Each of them"""
+        return self.decoder().feed(self.wire)
+
+    def last(self) -> ServerSentEvent:
+        """The last of them"""
+        return self.decoder().feed(self.wire[: -len(self.end)].rpartition(self.end)[2] + self.end)[0]
+
+
+class _Shortcut:
+    """Takes pieces of text out of events without reading the rest of their JSON, which is the same in each
+
+    One event is read whole, and shows what stands before and behind its text. Another one with the same bytes there,
+    and one JSON string in between, cannot say anything else but for that string. Whatever differs is read whole.
+    """
+
+    #: what stands between the quotes of a JSON string, and of several, a line each
+    _STRING = rb'[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*)*'
+    _STRINGS = re.compile(rb'[^"\\\x00-\x1f]*(?:(?:\\[^\x00-\x1f]|\n)[^"\\\x00-\x1f]*)*')
+    #: chunks read whole after which it learns anew
+    _PATIENCE = 64
+    #: bytes of which a pattern may be made, and those that may be put together with what follows again and again
+    _SHORT = 4096
+    #: members of an event that may vary
+    _MOST = 16
+    #: bytes that are read together where it is closed: a few events, so that the first text is not kept waiting
+    _FEW = 1024
+
+    def __init__(
+        self,
+        varying: Iterable[str],
+        max_event_size: int,
+        is_open: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """``varying`` names members whose value means nothing; ``is_open`` says whether to take events so, now"""
+        self._varying = re.compile(
+            rb'"(?:%b)"\s*:\s*("[^"\\\x00-\x1f]*"|-?\d+)(?=\s*[,}])' % "|".join(varying).encode()
+        )
+        self._max_event_size = max_event_size
+        self._is_open = is_open
+        self._begun = b""  # an event that is not whole yet, of which the decoder does not know
+        self._wire = b""  # of the event that was given out last, where that is known
+        self._whole = self._PATIENCE  # chunks since it learned
+        self._like: Chunk | None = None
+        #: bytes that are looked at together: few where that was in vain, so that it is not done again and again
+        self._window = self._SHORT
+
+    def feed(self, decoder: SSEDecoder | _JSONDecoder, block: bytes) -> Iterator[ServerSentEvent]:
+        """What a block completes, as its decoder gives it, but for the events that are taken as _Texts"""
+        block, position, self._begun = self._begun + block, 0, b""
+        while position < len(block):
+            is_open = self._is_open()
+            is_between = is_open and decoder._is_between
+            texts = self._taken(block, position) if is_between else None
+            if texts is not None:
+                position += len(texts.wire)
+                yield texts
+                continue
+            if is_between and self._is_begun(block, position):
+                self._begun = block[position:]
+                return
+            end = position + self._FEW
+            if is_open:  # by single events, for one of them is to be learned from
+                found = decoder._END.search(block, position)
+                end = len(block) if found is None else found.end()
+            wire = block[position:end]
+            position += len(wire)
+            events = decoder.feed(wire)
+            self._wire = wire if is_between and len(events) == 1 and decoder._is_between else b""
+            self._decoder = type(decoder)
+            yield from events
+
+    def flush(self, decoder: SSEDecoder | _JSONDecoder) -> list[ServerSentEvent]:
+        """What came after the last whole event that was taken"""
+        return decoder.feed(self._begun)
+
+    def _is_begun(self, block: bytes, position: int) -> bool:
+        """Whether the rest of a block is the beginning of an event for certain, and can wait for the next block"""
+        is_short = self._like is not None and len(block) - position < self._SHORT
+        return is_short and self._beginning.match(block, position) is not None
+
+    def _taken(self, block: bytes, position: int) -> _Texts | None:
+        """The events from there on that are like the one learned; None where the first is not"""
+        like = self._like
+        first = self._event.match(block, position) if like else None
+        if like is None or first is None or first.end() - position > self._max_event_size:
+            return None
+        start, end = first.start(1), first.end()
+        texts = self._unquoted(first.group(1), 1)
+        if texts is None:
+            return None
+        window = block[start : position + min(self._window, self._max_event_size)]
+        if start + len(window) > end:
+            more, size = self._taken_together(window)
+            self._window = self._SHORT if more is None else min(4 * self._window, _BLOCK)
+            if more is not None:
+                texts, end = more, start + size
+        taken = _Texts()
+        taken.texts, taken.wire, taken.end = texts, block[position:end], self._end
+        taken.like, taken.decoder = like, self._new_decoder
+        return taken
+
+    def _taken_together(self, window: bytes) -> tuple[list[str] | None, int]:
+        """The texts of all whole events in a part of a block, which begins with the first text, and where these end
+
+        None where others are among them.
+        """
+        pieces = self._between.split(window)
+        rest = pieces.pop()  # the last text, and what is behind it
+        end = len(window) - len(rest)
+        last = self._behind.match(rest)
+        if last is not None:
+            pieces.append(last.group(1))
+            end += last.end()
+        else:  # its event is not whole: back to the end of the one before, behind which it begins
+            end = window.rindex(self._end, 0, end) + len(self._end)
+        lines = b"\n".join(pieces)
+        return self._unquoted(lines, len(pieces)) if self._STRINGS.fullmatch(lines) else None, end
+
+    @staticmethod
+    def _unquoted(lines: bytes, count: int) -> list[str] | None:
+        """What JSON strings say, given a line each without their quotes; None where one of them is none, or is empty"""
+        try:
+            texts = lines.decode("utf-8").split("\n")
+            if b"\\" in lines:
+                texts = [scanstring(text + '"', 0)[0] if "\\" in text else text for text in texts]
+        except ValueError:
+            return None
+        return texts if len(texts) == count and "" not in texts else None
+
+    def _new_decoder(self) -> SSEDecoder | _JSONDecoder:
+        return self._decoder(self._max_event_size)
+
+    def may_learn(self, chunk: Chunk) -> bool:
+        """Whether it is time to learn, and the event that was given out last says this chunk alone, and text alone"""
+        self._whole += 1
+        if self._whole < self._PATIENCE or not (self._wire and chunk.text):
+            return False
+        return chunk._replace(text="", raw=None, usage=None, id="", model="") == Chunk()
+
+    def learn(self, chunk: Chunk, read: Callable[[ServerSentEvent], Iterable[Chunk]]) -> None:
+        """Learns from the event that was given out last, which said ``chunk``
+
+        ``read`` gives what an event says by itself.
+        """
+        wire = self._wire
+        self._like, self._whole = None, 0
+        found = [form for form in self._quoted(chunk.text) if wire.count(form) == 1]
+        ends = self._decoder._END.findall(wire)
+        is_simple = len(ends) == 1 and wire.endswith(ends[0]) and len(self._varying.findall(wire)) <= self._MOST
+        if not (found and is_simple) or len(wire) > len(chunk.text) + self._SHORT:
+            return
+        self._end = ends[0]
+        before, after = wire.split(found[0])
+        # What is between might be another string that happens to be the same: then another text says nothing else.
+        other = 'another "text"'
+        try:
+            says = [self._said(data, read) for data in (wire, before + self._quoted(other)[0] + after)]
+        except SheepError:  # as of one that is an error, too; who reads it is told
+            return
+        if says != [[chunk._replace(raw={})], [chunk._replace(text=other, raw={})]]:
+            return
+        head, tail = self._pattern(before + b'"'), self._pattern(b'"' + after)
+        self._event = re.compile(head + b"(" + self._STRING + b")" + tail)
+        self._behind = re.compile(b"(" + self._STRING + b")" + tail)
+        self._between = re.compile(tail + head)
+        lines = before.rfind(b"\n") + 1  # and then the last one, which has to have a brace, and an end
+        self._beginning = re.compile(re.escape(before[: lines + 1]) + rb"[^}\r\n]*\Z")
+        self._like = chunk
+
+    @staticmethod
+    def _quoted(text: str) -> list[bytes]:
+        """The ways in which a text is mostly written in JSON"""
+        ways = {json.dumps(text), json.dumps(text, ensure_ascii=False)}
+        return [way.encode("utf-8", "surrogatepass") for way in ways]
+
+    def _said(self, wire: bytes, read: Callable[[ServerSentEvent], Iterable[Chunk]]) -> list[Chunk]:
+        """What an event says, by itself"""
+        return [chunk._replace(raw={}) for event in self._new_decoder().feed(wire) for chunk in read(event)]
+
+    def _pattern(self, data: bytes) -> bytes:
+        """A pattern for these bytes, with other values where they mean nothing, and other padding at the end"""
+        pattern, position = b"", 0
+        for match in self._varying.finditer(data):
+            is_number = match.group(1)[:1] != b'"'
+            pattern += re.escape(data[position : match.start(1)])
+            pattern += rb"-?(?:0|[1-9]\d{0,17})" if is_number else rb'"[^"\\\x00-\x1f]*"'
+            position = match.end(1)
+        rest = data[position:]
+        content = rest.rstrip()
+        if content[-1:] != b"}":
+            return pattern + re.escape(rest)
+        return pattern + re.escape(content[:-1].rstrip(b" ")) + b" *" + re.escape(rest[len(content) - 1 :])
+
+
+def _decoded(
+    blocks: Iterable[bytes], decoder: SSEDecoder | _JSONDecoder, shortcut: _Shortcut | None = None
+) -> Iterator[ServerSentEvent]:
     failure: list[SheepError] = []
     for block in _until_failure(blocks, failure):
-        yield from decoder.feed(block)
+        yield from decoder.feed(block) if shortcut is None else shortcut.feed(decoder, block)
+    if shortcut is not None:
+        yield from shortcut.flush(decoder)
     if decoder.salvages or not failure:
         yield from decoder.flush()
     if failure:
@@ -1047,6 +1289,7 @@ class _JSONDecoder:
     """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
 
     salvages = True
+    _END = re.compile(rb"\n")
     #: what can change where a brace stands: a string's end or an escape inside it, else quotes and braces
     _IN_STRING = re.compile(rb'["\\]')
     _OUTSIDE = re.compile(rb'["{}]')
@@ -1066,6 +1309,10 @@ class _JSONDecoder:
     def is_inside(self) -> bool:
         """Whether an object is begun and not ended"""
         return self._depth > 0
+
+    @property
+    def _is_between(self) -> bool:
+        return not (self.is_inside or self._bom or self._failure)
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         if self._failure:
@@ -1161,7 +1408,11 @@ class _AnswerDecoder(SSEDecoder):
 
 
 def _framed(
-    blocks: Iterator[bytes], content_type: str, format: str | None, max_event_size: int
+    blocks: Iterator[bytes],
+    content_type: str,
+    format: str | None,
+    max_event_size: int,
+    shortcut: _Shortcut | None = None,
 ) -> Iterator[ServerSentEvent]:
     """The events of an answer, in the framing it has; InvalidStreamError where that is none of ours"""
     start = bytearray()
@@ -1179,7 +1430,7 @@ def _framed(
     if visible or len(start) > max_event_size:
         kind = format or (_framing(content_type, visible) if visible else "sse")
         decoder = _AnswerDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
-        yield from _decoded(itertools.chain((bytes(start),), blocks), decoder)
+        yield from _decoded(itertools.chain((bytes(start),), blocks), decoder, shortcut)
         if isinstance(decoder, _JSONDecoder) and decoder.is_inside:
             raise StreamInterrupted("the answer ended in the middle of its JSON")
 
@@ -1285,6 +1536,10 @@ class _StrictDecoder(SSEDecoder):
 # ============================================================================================================
 
 
+#: what texts that were taken by a _Shortcut mostly say beside themselves
+_NOTHING_ELSE = Chunk()
+
+
 class Dialect:
     """How one family of APIs speaks; an instance reads one stream
 
@@ -1304,6 +1559,9 @@ class Dialect:
     require_end = True
     #: whether the end of a stream repeats the answer, which is held against what came
     compares = False
+    #: members that change from one piece of text to the next and mean nothing. Where a class itself, not one that it is
+    #: made from, has this, its texts may be taken by a _Shortcut
+    _varying: tuple[str, ...]
     #: names of events whose data must be readable; others are skipped where it is not
     event_names: frozenset[str] = frozenset({"message", "error"})
 
@@ -1375,6 +1633,14 @@ class Dialect:
         """What an event brings; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
         raise NotImplementedError
 
+    def _is_plain(self, chunk: Chunk) -> bool:
+        """Whether another event like that of this chunk, which is text alone, says nothing else but its text"""
+        return chunk.usage is None
+
+    def _take(self, texts: _Texts) -> Chunk | None:
+        """What such events say beside their texts, noted as by chunks(); None where they are to be read one by one"""
+        return _NOTHING_ELSE
+
     def load(self, event: ServerSentEvent) -> dict[str, Any] | None:
         """The JSON object in an event's data, or None where there is nothing to read"""
         if not event.data.strip():
@@ -1396,6 +1662,7 @@ class _OpenAI(Dialect):
 
     name = "openai"
     path = "/chat/completions"
+    _varying = ("created", "obfuscation", "p")  # the last is Mistral's padding
 
     _FINISH = {
         "stop": "stop",
@@ -1446,6 +1713,10 @@ class _OpenAI(Dialect):
         if error is not None:
             raise _stream_error(error)
 
+    def _is_plain(self, chunk: Chunk) -> bool:
+        deltas = [_dict(_dict(choice).get("delta")) for choice in chunk.raw["choices"]]
+        return super()._is_plain(chunk) and all(delta and not delta.get("reasoning_details") for delta in deltas)
+
     def _payload(self, payload: dict[str, Any], event_id: str, expected: bool) -> Iterator[Chunk]:
         choices = [choice for choice in _list(payload.get("choices")) if isinstance(choice, dict)]
         named = Chunk(
@@ -1461,7 +1732,7 @@ class _OpenAI(Dialect):
         if choices and all(self._finished.values()):
             self.whole = True
         yield from chunks
-        if any(choice.get("finish_reason") == "insufficient_system_resource" for choice in choices):
+        if "insufficient_system_resource" in [chunk.finish_reason for chunk in chunks]:
             self.whole = False
             raise StreamInterrupted("the server gave up for lack of resources (insufficient_system_resource)")
 
@@ -1481,14 +1752,19 @@ class _OpenAI(Dialect):
         reasoning = _reasoning(delta) or thought
         if reasoning or delta.get("reasoning_details"):
             self._thoughts.setdefault(index, _Thoughts()).add(delta)
-        return named._replace(
+        return Chunk(
             text=text,
             reasoning=reasoning,
             refusal=_text(delta.get("refusal")),
             tool_calls=tuple(self._tool_calls(delta, index)),
             finish_reason=reason,
             finish=self._FINISH.get(reason, "other") if reason else None,
+            usage=named.usage,
             index=index,
+            event_id=named.event_id,
+            raw=named.raw,
+            id=named.id,
+            model=named.model,
             vendor=self._vendor(index) if reason else None,
         )
 
@@ -1526,10 +1802,11 @@ class _OpenAI(Dialect):
 
     @staticmethod
     def _usage(payload: dict[str, Any], choices: list[dict[str, Any]]) -> Usage | None:
-        places = [payload.get("usage"), _dict(payload.get("x_groq")).get("usage")]  # Groq
-        places.extend(choice.get("usage") for choice in choices)  # Moonshot
-        wire = next((place for place in places if isinstance(place, dict) and place), None)
-        return None if wire is None else _openai_usage(wire)
+        for place in (payload, _dict(payload.get("x_groq")), *choices):  # the others are Groq's, and Moonshot's
+            wire = _dict(place.get("usage"))
+            if wire:
+                return _openai_usage(wire)
+        return None
 
 
 def _openai_usage(wire: dict[str, Any]) -> Usage:
@@ -1585,12 +1862,12 @@ class _Part:
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = dict(fields)
-        self._pieces: dict[str, list[str]] = {}
+        self._pieces: dict[str, _Pieces] = {}
         self._items: dict[str, list[Any]] = {}
 
     def append(self, name: str, piece: str) -> None:
         """More text of a field"""
-        self._pieces.setdefault(name, []).append(piece)
+        self._pieces.setdefault(name, _Pieces()).append(piece)
 
     def gather(self, name: str, item: Any) -> None:
         """One more item of a field that is a list"""
@@ -1846,6 +2123,7 @@ class _Anthropic(Dialect):
     path = "/messages"
     roots = ("/v1",)
     headers: Mapping[str, str] = {"anthropic-version": "2023-06-01"}
+    _varying = ()
 
     _FINISH = {
         "end_turn": "stop",
@@ -1998,6 +2276,14 @@ class _Anthropic(Dialect):
         read = self._event_kinds.get(kind)
         if read is not None:
             yield from read(payload, Chunk(event_id=event.id or "", raw=payload))
+
+    def _is_plain(self, chunk: Chunk) -> bool:
+        return super()._is_plain(chunk) and chunk.raw.get("type") == "content_block_delta"
+
+    def _take(self, texts: _Texts) -> Chunk | None:
+        block = self._open.setdefault(_count(texts.like.raw.get("index")), _Part({}))
+        block.append("text", "".join(texts.texts))
+        return _NOTHING_ELSE
 
     def _message_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         message = _dict(payload.get("message"))
@@ -2155,6 +2441,8 @@ class _Gemini(Dialect):
 
     name = "gemini"
     roots = ("/v1beta", "/v1alpha", "/v1")
+    #: what was counted so far: of several events the last one counts
+    _varying = ("promptTokenCount", "candidatesTokenCount", "totalTokenCount", "thoughtsTokenCount", "tokenCount")
 
     _REFUSALS = frozenset({"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"})
     #: Gemini 3 wants its signature at the first call of an answer; this says that the call is not its own
@@ -2329,6 +2617,15 @@ class _Gemini(Dialect):
         self.whole = self.whole or bool(blocked and not candidates) or all(self._finished.values())
         yield from chunks or ([named] if named.usage else [])
 
+    def _is_plain(self, chunk: Chunk) -> bool:
+        contents = [_dict(candidate).get("content") for candidate in chunk.raw["candidates"]]
+        return [_dict(content).get("parts") for content in contents] == [[{"text": chunk.text}]]
+
+    def _take(self, texts: _Texts) -> Chunk | None:
+        last = self.load(texts.last()) or {}
+        self._whole[0].extend([{"text": "".join(texts.texts)}])
+        return Chunk(usage=self._usage(_dict(last.get("usageMetadata"))))
+
     def _candidate(self, candidate: dict[str, Any], named: Chunk) -> Chunk:
         index = _count(candidate.get("index"))
         parts = [part for part in _list(_dict(candidate.get("content")).get("parts")) if isinstance(part, dict)]
@@ -2391,6 +2688,7 @@ class _Responses(Dialect):
     name = "openai-responses"
     path = "/responses"
     compares = True
+    _varying = ("obfuscation", "sequence_number")
 
     _INCOMPLETE = {"max_output_tokens": "length", "content_filter": "refusal"}
     _TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -2406,7 +2704,7 @@ class _Responses(Dialect):
         self._argued: set[Any] = set()  # those of which arguments came
         self._thoughts: dict[Any, tuple[str, int]] = {}  # which kind of reasoning is given, and which part of it
         self._items: dict[Any, dict[str, Any]] = {}
-        self._said: list[str] = []
+        self._said = _Pieces()
         self.event_names = self.event_names | self._TERMINAL | self._REASONING | {"response.output_text.delta"}
 
     # Requests
@@ -2527,6 +2825,19 @@ class _Responses(Dialect):
         query = [parts.query, "stream=true", "" if number is None else f"starting_after={number}"]
         return urlunsplit(parts._replace(query="&".join(filter(None, query))))
 
+    def _is_plain(self, chunk: Chunk) -> bool:
+        return super()._is_plain(chunk) and chunk.raw.get("type") == "response.output_text.delta"
+
+    def _take(self, texts: _Texts) -> Chunk | None:
+        if "sequence_number" in texts.like.raw:
+            numbers = [int(number) for number in re.findall(rb'"sequence_number"\s*:\s*(\d+)', texts.wire)]
+            first = -1 if self._number is None else self._number + 1
+            if numbers != [*range(first, first + len(texts.texts))]:
+                return None
+            self._number, self._last = numbers[-1], self._without_padding(self.load(texts.last()) or {})
+        self._said.extend(texts.texts)
+        return _NOTHING_ELSE
+
     def _is_repeated(self, payload: dict[str, Any]) -> bool:
         """Whether an event came before; StreamInterrupted where some between are missing"""
         number, last = payload.get("sequence_number"), self._last
@@ -2535,11 +2846,14 @@ class _Responses(Dialect):
         if self._number is not None and number > self._number + 1:
             raise StreamInterrupted(f"expected event {self._number + 1}, got {number}: what is between is lost")
         # one number for different events is a server's that does not count
-        said = {name: value for name, value in payload.items() if name != "obfuscation"}
-        repeated = self._number is not None and (number < self._number or said == last)
+        repeated = self._number is not None and (number < self._number or self._without_padding(payload) == last)
         if not repeated:
-            self._number, self._last = number, said
+            self._number, self._last = number, self._without_padding(payload)
         return repeated
+
+    @staticmethod
+    def _without_padding(payload: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in payload.items() if name != "obfuscation"}
 
     def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         item, delta = _dict(payload.get("item")), _text(payload.get("delta"))
@@ -2679,6 +2993,7 @@ class _Ollama(Dialect):
     name = "ollama"
     path = "/chat"
     roots = ("/api",)
+    _varying = ("created_at",)
     models_path = "/tags"
 
     _OPTIONS: Mapping[str, str] = {
@@ -2857,7 +3172,65 @@ def _dialect(dialect: str | type[Dialect]) -> type[Dialect]:
     return DIALECTS[dialect] if isinstance(dialect, str) else dialect
 
 
-def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, document: bool = False) -> Iterator[Chunk]:
+class _Run(Chunk):
+    """Chunks of text alone in a row, which are made where somebody asks for more than their texts"""
+
+    texts: list[str]
+    #: the texts that nobody has taken yet, the next one last
+    left: list[str]
+    #: a chunk that they are like, but for their text and their usage, which is that of the last
+    like: Chunk
+    #: makes all of the chunks
+    make: Callable[[], list[Chunk]]
+    _made: Sequence[Chunk] = ()
+    #: how many of the texts are noted as given
+    noted = 0
+
+    @classmethod
+    def of(cls, texts: list[str], like: Chunk, beside: Chunk, make: Callable[[], list[Chunk]]) -> _Run:
+        """``beside`` is what they say together beside their texts"""
+        run = cls(*beside)
+        run.texts, run.left, run.like, run.make = texts, texts[::-1], like, make
+        return run
+
+    def chunks(self) -> Sequence[Chunk]:
+        """All of them"""
+        self._made = self._made or self.make()
+        return self._made
+
+    def given(self) -> tuple[Sequence[str], Usage | None]:
+        """The texts that were taken since this was called last, and the usage after them, if it differs for each"""
+        count = len(self.texts) - len(self.left)
+        before, self.noted = self.noted, count
+        if self.usage is None or count in (before, len(self.texts)):
+            return self.texts[before:count], self.usage if count > before else None
+        return self.texts[before:count], self.chunks()[count - 1].usage
+
+
+def _read(event: ServerSentEvent, dialect: Dialect, shortcut: _Shortcut | None) -> Iterator[Chunk]:
+    """What an event says; of those that are texts alone, a _Run"""
+
+    def read_alone(event: ServerSentEvent) -> Iterator[Chunk]:
+        return type(dialect)(dialect.choices).chunks(event)
+
+    if not isinstance(event, _Texts):
+        for chunk in dialect.chunks(event):
+            if shortcut is not None and not dialect.whole and shortcut.may_learn(chunk) and dialect._is_plain(chunk):
+                shortcut.learn(chunk, read_alone)
+            yield chunk
+        return
+    beside = None if dialect.whole else dialect._take(event)
+    if beside is None:
+        for each in event.events():
+            yield from dialect.chunks(each)
+        return
+    events = event.events
+    yield _Run.of(event.texts, event.like, beside, lambda: [chunk for each in events() for chunk in read_alone(each)])
+
+
+def _parsed(
+    events: Iterable[ServerSentEvent], dialect: Dialect, document: bool = False, shortcut: _Shortcut | None = None
+) -> Iterator[Chunk]:
     """The chunks of events, to the end that the dialect knows
 
     ``document`` says that the events are all of one JSON document, which is an answer or none.
@@ -2865,7 +3238,7 @@ def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, document: bool 
     said = False
     try:
         for event in events:
-            for chunk in dialect.chunks(event):
+            for chunk in _read(event, dialect, shortcut):
                 said = said or _says(chunk)
                 yield chunk
             if dialect.done:
@@ -3845,6 +4218,11 @@ class _EventLog:
         return self._marks[-1][0] if self._marks else ""
 
     @property
+    def is_idle(self) -> bool:
+        """Whether the server gives its events no ids"""
+        return self._idle
+
+    @property
     def has_own_id(self) -> bool:
         """Whether the last event came with an id of its own"""
         return bool(self.cursor) and (len(self._marks) == 1 or self.cursor != self._marks[-2][0])
@@ -3860,11 +4238,13 @@ class _EventLog:
         """Where the event is that the cursor is of; those after it came without an id"""
         return [id for id, _ in self._marks].index(self.cursor)
 
-    def noted(self, events: Iterable[ServerSentEvent]) -> Iterator[ServerSentEvent]:
+    def noted(self, events: Iterator[ServerSentEvent]) -> Iterator[ServerSentEvent]:
         """The same events, noted as they come"""
         for event in events:
             self._note(event)
             yield event
+            if self._idle:  # for good
+                yield from events
 
     def _note(self, event: ServerSentEvent) -> None:
         if self._idle or event.event == "ping":
@@ -3991,7 +4371,7 @@ class _Plan(NamedTuple):
     ask: _Ask
     dialect: Dialect
     #: what its events, and its chunks, go through
-    events: Callable[[Iterable[ServerSentEvent]], Iterator[ServerSentEvent]] = iter
+    events: Callable[[Iterator[ServerSentEvent]], Iterator[ServerSentEvent]] = iter
     chunks: Callable[[Iterator[Chunk]], Iterator[Chunk]] = iter
     #: what its chunks are held against, which repeat what was given
     given: _Given | None = None
@@ -4474,25 +4854,28 @@ _LOCKED_BYTE = (1 << 31) - 2
 _NEW = ".new"
 
 
-def _journal_line(content: Mapping[str, Any], before: int) -> tuple[bytes, int]:
-    """A line, and its checksum: the CRC-32 of its JSON and of that of all lines before, so that none can be missing"""
-    import zlib
-
+def _journal_json(content: Any) -> str:
     try:
-        data = _to_json(content).encode("utf-8", "surrogatepass")
+        return _to_json(content)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"a chunk cannot be kept, for it cannot be written as JSON: {error}") from error
-    checksum = zlib.crc32(data, before)
-    return b"%b %08x\n" % (data, checksum), checksum
 
 
-def _journal_lines(header: Mapping[str, Any], chunks: Iterable[Chunk]) -> bytes:
+def _journal_lines(contents: Iterable[str], checksum: int = 0) -> tuple[bytes, int]:
+    """Lines of JSON, each with the CRC-32 of itself and of all before, so that none can be missing; and the last"""
+    import zlib
+
+    lines = []
+    for content in contents:
+        data = content.encode("utf-8", "surrogatepass")
+        checksum = zlib.crc32(data, checksum)
+        lines.append(b"%b %08x\n" % (data, checksum))
+    return b"".join(lines), checksum
+
+
+def _journal_of(header: Mapping[str, Any], chunks: Iterable[Chunk]) -> bytes:
     """A whole journal"""
-    lines, checksum = [], 0
-    for content in (header, *map(_chunk_fields, chunks), _JOURNAL_END):
-        line, checksum = _journal_line(content, checksum)
-        lines.append(line)
-    return b"".join(lines)
+    return _journal_lines(map(_journal_json, (header, *map(_chunk_fields, chunks), _JOURNAL_END)))[0]
 
 
 def _chunk_fields(chunk: Chunk) -> dict[str, Any]:
@@ -4794,17 +5177,23 @@ class _Journal:
 
     def append(self, chunk: Chunk) -> None:
         """Keeps a chunk, by one write; where that fails with CheckpointError, the file still has all before it"""
-        self._write(_chunk_fields(chunk))
+        self._write([_journal_json(_chunk_fields(chunk))])
+
+    def append_texts(self, texts: Iterable[str], like: Chunk) -> None:
+        """Keeps chunks that are ``like`` one but for their text, all by one write"""
+        rest = _journal_json(_chunk_fields(like._replace(text="")))[1:]
+        between = "," if len(rest) > 1 else ""
+        self._write([f'{{"text":{_to_json(text)}{between}{rest}' for text in texts])
 
     def note(self, continuity: str) -> None:
         """Keeps how the text was made whole"""
         if continuity != self.continuity:
-            self._write({"continuity": continuity})
+            self._write([_journal_json({"continuity": continuity})])
             self.continuity = continuity
 
     def finish(self) -> None:
         """Says that this was all; it is on the disk when this returns"""
-        self._write(_JOURNAL_END)
+        self._write([_journal_json(_JOURNAL_END)])
         file = self._writable()
         self.complete = True
         try:
@@ -4819,7 +5208,7 @@ class _Journal:
 
     def replace(self, chunks: Iterable[Chunk]) -> None:
         """Puts these chunks, complete, in the place of what was saved: all or, when killed, none; closes it"""
-        _write_new(self._path + _NEW, _journal_lines(self._header, chunks))
+        _write_new(self._path + _NEW, _journal_of(self._header, chunks))
         if not _CAN_REPLACE_OPEN:
             self.close()
         try:
@@ -4837,20 +5226,19 @@ class _Journal:
                 if self._process == os.getpid():  # a fork that closes its copy does not end our lock
                     _unlock(file)
 
-    def _write(self, content: Mapping[str, Any]) -> None:
+    def _write(self, contents: Sequence[str]) -> None:
         file = self._writable()
         size, checksum = self._end
-        header = b""
-        if not size:  # the header comes with the first line: a file without a chunk is an empty one
-            header, checksum = _journal_line(self._header, 0)
-        line, checksum = _journal_line(content, checksum)
+        # the header comes with the first line: a file without a chunk is an empty one
+        header = () if size else (_journal_json(self._header),)
+        lines, checksum = _journal_lines((*header, *contents), checksum if size else 0)
         self.cut()
         self._torn = True  # until all is written, also where Ctrl-C comes in between
         try:
-            _write_all(file, header + line)
+            _write_all(file, lines)
         except OSError as error:
             raise _failed(self._path, "written", error) from error
-        self._end = size + len(header) + len(line), checksum
+        self._end = size + len(lines), checksum
         self._torn = False
 
     def cut(self) -> None:
@@ -5359,9 +5747,11 @@ class _Clock:
         self.chunks = 0
         self.chars = 0
 
-    def note(self, chunk: Chunk, asked: float, came: float) -> None:
+    def wait(self, asked: float, came: float) -> None:
         if self.chunks and came - asked > self.longest_gap:
             self.longest_gap = came - asked
+
+    def note(self, chunk: Chunk, came: float) -> None:
         self.chunks += 1
         if _says(chunk):
             self.pieces += 1
@@ -5371,6 +5761,12 @@ class _Clock:
             self.chars += len(chunk.text)
             if self.first_text is None:
                 self.first_text = came
+
+    def note_texts(self, texts: Sequence[str]) -> None:
+        """Notes chunks of text alone, that are not the first"""
+        self.chunks += len(texts)
+        self.pieces += len(texts)
+        self.chars += sum(map(len, texts))
 
     def since_start(self, moment: float | None) -> float | None:
         return None if moment is None or self.start is None else moment - self.start
@@ -5461,6 +5857,8 @@ class _Terms(NamedTuple):
         )
 
 
+#: whether the texts of a stream may be taken out of its events without reading these whole
+_SHORTCUTS = True
 #: seconds that may go into asking the service to end a job
 _GIVE_UP_TIME = 2.0
 #: seconds for which a stream whose text is whole is waited on for its usage
@@ -5510,6 +5908,7 @@ class _Call:
         self._untold = False  # whether this caller has been given nothing yet of what a checkpoint holds
         self._journal: _Journal | None = None
         self.cached = False  # whether the answer is a checkpoint's
+        self.by_text = False  # whether its reader takes nothing but the text
         self._given_up = False
         self._asked = self._ask = request.ask()  # at first, and as it stands
         self._events = _EventLog(events)
@@ -5713,6 +6112,11 @@ class _Call:
             raise self._judged(error)
 
     @property
+    def is_over(self) -> bool:
+        """Whether it was ended from outside, or must be"""
+        return self.wire.ended is not None or (self.wire.deadline is not None and self.is_late)
+
+    @property
     def is_late(self) -> bool:
         """Whether the deadline has passed"""
         return not self._in_time(0)
@@ -5843,7 +6247,7 @@ class _Call:
             new = self._new_chunks() if asked else iter(())
             first = list(itertools.islice(new, 1 if self._untold else 0))
             for chunk in self._journal.chunks if self._journal is not None else ():
-                self.clock.note(chunk, time.monotonic(), time.monotonic())
+                self.clock.note(chunk, time.monotonic())
                 yield chunk
             yield from itertools.chain(first, new)
             self.answer.complete = True
@@ -5858,18 +6262,33 @@ class _Call:
             self._untold = False
             if chunk is None:
                 break
-            self.answer.add(chunk)
-            self._progress = self._progress or _says(chunk)
             self._came_at = time.monotonic()
-            self.clock.note(chunk, asked, self._came_at)
+            self.clock.wait(asked, self._came_at)
+            if not isinstance(chunk, _Run):
+                self.answer.add(chunk)
+                self._progress = self._progress or _says(chunk)
+                self.clock.note(chunk, self._came_at)
             if self._journal is not None:
                 self._journal.note(self.continuity)
-                # where to go on after a kill is known of events with an id of their own alone
-                self._journal.append(chunk if self._events.has_own_id else chunk._replace(event_id=""))
+                self._keep(chunk, self._journal)
             yield chunk
         if self._journal is not None:
             self._journal.note(self.continuity)
             self._journal.finish()
+
+    def _keep(self, chunk: Chunk, journal: _Journal) -> None:
+        if not isinstance(chunk, _Run):  # where to go on after a kill is known of events with an id of their own alone
+            journal.append(chunk if self._events.has_own_id else chunk._replace(event_id=""))
+            return
+        try:
+            if chunk.usage is None:
+                journal.append_texts(chunk.texts, chunk.like)
+            else:  # which differs from one to the next
+                for each in chunk.chunks():
+                    journal.append(each)
+        except CheckpointError:
+            self.given(chunk.texts, chunk.usage)  # not to the caller, but they came: they are in the error
+            raise
 
     def _next(self, chunks: Iterator[Chunk]) -> Chunk | None:
         try:
@@ -5888,8 +6307,9 @@ class _Call:
         document = _is_document(content_type)
         blocks = _limited_blocks(response, self.wire)
         try:
-            events = _framed(blocks, content_type, self._options.format, self._options.max_event_size)
-            yield from self._timed(_parsed(plan.events(events), dialect, document), dialect)
+            shortcut = self._shortcut(plan)
+            events = _framed(blocks, content_type, self._options.format, self._options.max_event_size, shortcut)
+            yield from self._timed(_parsed(plan.events(events), dialect, document, shortcut), dialect)
             if self.wire.ended:
                 raise StreamInterrupted("ended from outside")
             if dialect.done:
@@ -5907,6 +6327,22 @@ class _Call:
             self.wire.detach()
             response.close()
 
+    def _shortcut(self, plan: _Plan) -> _Shortcut | None:
+        """What takes texts alone out of a stream, where nothing but their texts is needed"""
+        varying = vars(type(plan.dialect)).get("_varying")
+        if varying is None or plan.chunks is not iter or not _SHORTCUTS:
+            return None
+        log = self._events  # in which events with ids are to be noted
+        return _Shortcut(varying, self._options.max_event_size, is_open=lambda: self.by_text and log.is_idle)
+
+    def given(self, texts: Sequence[str], usage: Usage | None) -> None:
+        """Notes texts of a _Run that went to the caller, and the usage after them, where there is one"""
+        self.answer.text.extend(texts)
+        self.clock.note_texts(texts)
+        if usage is not None:
+            self.answer.usage = usage
+            self.usages[-1:] = [usage]
+
     def _timed(self, chunks: Iterator[Chunk], dialect: Dialect) -> Iterator[Chunk]:
         """The same chunks, each within the limits"""
         wire, idle = self.wire, self._options.idle_timeout
@@ -5914,13 +6350,12 @@ class _Call:
         if wire.due is not None:  # what the caller did since the answer began is not the server's time
             wire.due += time.monotonic() - self._answered_at
         while True:
-            asked = time.monotonic()
-            if wire.ended or (wire.deadline is not None and asked >= wire.deadline and not dialect.whole):
+            if wire.ended or (wire.deadline is not None and self.is_late and not dialect.whole):
                 raise StreamTimeout("the deadline of the call has passed")
             chunk = next(chunks, None)
             if chunk is None:
                 return
-            if chunk.usage is not None:
+            if chunk.usage is not None and not isinstance(chunk, _Run):
                 self.usages[-1:] = [chunk.usage]
             self._events.said()
             yield chunk
@@ -6025,6 +6460,9 @@ def _refused_with_200(error: StreamError) -> InvalidStreamError:
     )
 
 
+_NOTHING = _Run.of([], Chunk(), Chunk(), list)
+
+
 class Stream:
     """The answer to one request, as it is written: an iterator of str, each a piece of text that is not empty
 
@@ -6037,6 +6475,8 @@ class Stream:
     def __init__(self, call: _Call) -> None:
         self._call = call
         self._chunks: Iterator[Chunk] | None = None
+        self._run = _NOTHING  # what came last, when that was texts alone
+        self._noting = threading.RLock()  # for those who look at it from another thread, or from a signal handler
         self._ended = False
         self._busy = threading.Lock()  # held by the thread that reads
 
@@ -6045,6 +6485,14 @@ class Stream:
 
     def __next__(self) -> str:
         while True:
+            left = self._run.left
+            if left and self._busy.acquire(False):
+                try:
+                    if left and not self._call.is_over:
+                        return left.pop()
+                finally:
+                    self._busy.release()
+            self._call.by_text = True
             chunk = self._next()
             if chunk is None:
                 raise StopIteration
@@ -6054,6 +6502,7 @@ class Stream:
     def chunks(self) -> Iterator[Chunk]:
         """The same stream, as Chunks: with reasoning, refusals, tool calls, usage and every choice"""
         while True:
+            self._call.by_text = False
             chunk = self._next()
             if chunk is None:
                 return
@@ -6063,9 +6512,25 @@ class Stream:
         return self._as_reader(self._advance)
 
     def _advance(self) -> Chunk | None:
-        chunk = None if self._ended else next(self._open(), None)
-        self._ended = chunk is None
-        return chunk
+        self._informed_call()
+        run = self._run
+        if run.left and not self._call.is_over:  # of which somebody asks for more than the text now
+            chunk = run.chunks()[-len(run.left)]
+            run.left.pop()
+            return chunk
+        came = None if self._ended else next(self._open(), None)
+        if isinstance(came, _Run):
+            self._run = came
+        self._ended = came is None
+        return came
+
+    def _informed_call(self) -> _Call:
+        """The call, which knows of all texts that were given"""
+        with self._noting:
+            texts, usage = self._run.given()
+            if texts:
+                self._call.given(texts, usage)
+        return self._call
 
     def _open(self) -> Iterator[Chunk]:
         if self._chunks is None:
@@ -6123,6 +6588,8 @@ class Stream:
     def _finish(self) -> None:
         self._ended = True
         self._chunks = None
+        self._informed_call()
+        self._run = _NOTHING
         self._call.close()
 
     def cancel(self) -> None:
@@ -6136,7 +6603,7 @@ class Stream:
     @property
     def text(self) -> str:
         """The text so far"""
-        return "".join(self._call.answer.text)
+        return "".join(self._informed_call().answer.text)
 
     @property
     def reasoning(self) -> str:
@@ -6156,7 +6623,7 @@ class Stream:
     @property
     def usage(self) -> Usage | None:
         """What the provider counted, None where it has not said"""
-        return self._call.answer.usage
+        return self._informed_call().answer.usage
 
     @property
     def cost(self) -> Decimal | None:
@@ -6181,12 +6648,12 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """All of the answer so far"""
-        return self._call.answer.completion()
+        return self._informed_call().answer.completion()
 
     @property
     def stats(self) -> StreamStats:
         """How it went so far"""
-        call = self._call
+        call = self._informed_call()
         return call.clock.stats(call.usages, call.attempts, call.reconnects, call.cached)
 
     @property

@@ -598,7 +598,7 @@ def test_a_flipped_byte_never_gives_a_wrong_chunk(path, flip):
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=60), st.integers(0, 10_000), st.integers(0, 10_000))
 def test_any_other_bytes_in_the_middle_never_give_a_wrong_chunk(path, other, start, length):
-    whole = section._journal_lines({"sheepsse": 1}, FULL)
+    whole = section._journal_of({"sheepsse": 1}, FULL)
     start %= len(whole)
     with open(path, "wb") as file:
         file.write(whole[:start] + other + whole[start + length % (len(whole) - start) :])
@@ -611,7 +611,7 @@ def test_any_other_bytes_in_the_middle_never_give_a_wrong_chunk(path, other, sta
 
 
 def test_another_version_is_left_alone(path):
-    line, _ = section._journal_line({"sheepsse": 2, "name": "new"}, 0)
+    line, _ = section._journal_lines([section._journal_json({"sheepsse": 2, "name": "new"})])
     for data in (line, line + b"in a form of its own\n" * 3, b'{"sheepsse":20}\n'):
         with open(path, "wb") as file:
             file.write(data)
@@ -652,7 +652,7 @@ def test_refresh_replaces_what_is_damaged(path):
 def test_a_line_that_is_no_chunk_is_damage(path, content_of_line):
     data, checksum = b"", 0
     for line in ({"sheepsse": 1}, content_of_line, {"text": "a"}):
-        made, checksum = section._journal_line(line, checksum)
+        made, checksum = section._journal_lines([section._journal_json(line)], checksum)
         data += made
     with open(path, "wb") as file:
         file.write(data)
@@ -661,7 +661,7 @@ def test_a_line_that_is_no_chunk_is_damage(path, content_of_line):
 
 
 def test_a_line_that_is_no_json_is_damage(path, no_collection):
-    header, checksum = section._journal_line({"sheepsse": 1}, 0)
+    header, checksum = section._journal_lines([section._journal_json({"sheepsse": 1})])
     for data in (b"{", b"\xff", b"[" * 100_000):
         with open(path, "wb") as file:
             file.write(header + b"%b %08x\n" % (data, zlib.crc32(data, checksum)))

@@ -412,3 +412,26 @@ def test_the_statuses_after_which_a_request_may_be_sent_again_are_these():
     assert {408, 409, 429, 500, 502, 503, 504, 529} == sheepsse.RETRYABLE_STATUS
     with pytest.raises(AttributeError):
         sheepsse.RETRYABLE_STATUS.add(400)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 5000])
+@pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 3500])
+def test_an_answer_of_many_pieces_is_whole(length, count):
+    pieces = [f"{number:05}"[-length:].ljust(length) for number in range(count)]
+    assert sheepsse.collect([Chunk(text=piece) for piece in pieces]).text == "".join(pieces)
+
+
+def test_short_pieces_do_not_take_many_times_their_text():
+    import tracemalloc
+
+    text = "".join(f" {number:06}" for number in range(100_000))
+    tracemalloc.start()
+    try:
+        answer = sheepsse._Answer()
+        for start in range(0, len(text), 7):
+            answer.add(Chunk(text=text[start : start + 7]))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "".join(answer.text) == text
+    assert taken < 2 * len(text)
