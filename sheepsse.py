@@ -662,7 +662,7 @@ def _says(chunk: Chunk) -> bool:
 class _Pieces(List[str]):
     """A text that grows, in pieces of which short ones are put together: a str takes 50 bytes beside its letters"""
 
-    _MANY = 1000
+    _MANY = 100
     _SHORT = 64
     _done = 0  # pieces that stay as they are
 
@@ -1802,9 +1802,10 @@ class _OpenAI(Dialect):
 
     @staticmethod
     def _usage(payload: dict[str, Any], choices: list[dict[str, Any]]) -> Usage | None:
-        for place in (payload, _dict(payload.get("x_groq")), *choices):  # the others are Groq's, and Moonshot's
-            wire = _dict(place.get("usage"))
-            if wire:
+        groq = _dict(payload["x_groq"]) if "x_groq" in payload else {}
+        for place in (payload, groq, *choices):  # the last is Moonshot's
+            wire = place.get("usage")
+            if wire and isinstance(wire, dict):
                 return _openai_usage(wire)
         return None
 
@@ -1851,9 +1852,12 @@ def _texts(parts: Iterable[Any]) -> str:
 def _reasoning(delta: dict[str, Any]) -> str:
     """The reasoning in a delta, once: some send the same under two names"""
     for name in ("reasoning_content", "reasoning"):
-        if _text(delta.get(name)):
-            return _text(delta.get(name))
-    details = (_dict(detail) for detail in _list(delta.get("reasoning_details")))
+        reasoning = _text(delta.get(name))
+        if reasoning:
+            return reasoning
+    if "reasoning_details" not in delta:
+        return ""
+    details = (_dict(detail) for detail in _list(delta["reasoning_details"]))
     return "".join(_text(detail.get("text")) or _text(detail.get("summary")) for detail in details)
 
 

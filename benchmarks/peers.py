@@ -132,7 +132,7 @@ class Sheepsse(Peer):
 
         dialect = {"responses": "openai-responses"}.get(scenario.dialect, scenario.dialect)
         base = self.origin + scenario.path + ("/v1" if scenario.dialect in ("openai", "responses") else "")
-        return sheepsse.Client(base_url=base, dialect=dialect, api_key=False, model="m")
+        return sheepsse.Client(base_url=base, dialect=dialect, api_key="sk-benchmark", model="m")
 
     def open(self, scenario: Scenario) -> Ask:
         client = self.client(scenario)
