@@ -20,7 +20,8 @@ The file is read from top to bottom; a section uses only those above it:
     3  Values          immutable data and the one fold over it
     4  Framing         a response's bytes as they arrive; bytes to events and back
     5  Dialects        what each API's requests, events and errors look like
-    7  Policies        when to wait, when to give up
+    6  Tokens and cost usage checked, and turned into money
+    7  Policies        when to wait, when to refuse, when to give up
     8  Transport       sockets that know their limits; the Retry-backed session; a plain EventSource client
     9  Resume          the same chunks across lost connections
     10 Checkpoints     an append-only journal of chunks, which survives a kill
@@ -30,6 +31,8 @@ The file is read from top to bottom; a section uses only those above it:
 
 from __future__ import annotations
 
+import bisect
+import collections
 import contextlib
 import copy
 import email.utils
@@ -38,6 +41,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -53,6 +57,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    ContextManager,
     Dict,
     Generator,
     Iterable,
@@ -83,19 +88,29 @@ __all__ = [
     "DIALECTS",
     "PROVIDERS",
     "RETRYABLE_STATUS",
+    "AlignmentReport",
     "AuthenticationError",
     "CheckpointError",
     "Checkpoints",
     "Chunk",
+    "CircuitBreaker",
+    "CircuitOpenError",
     "Client",
     "Completion",
     "ConnectError",
+    "CostMix",
     "Dialect",
     "Health",
     "InvalidRequestError",
     "InvalidStreamError",
+    "Limiter",
+    "LimiterStats",
+    "MissingExtraError",
     "ModelNotFoundError",
+    "Price",
     "Provider",
+    "QueueFullError",
+    "QueueTimeoutError",
     "QuotaError",
     "RateLimitError",
     "ResumePoint",
@@ -105,16 +120,23 @@ __all__ = [
     "ServerError",
     "ServerSentEvent",
     "SheepError",
+    "Slot",
     "Stream",
     "StreamCancelled",
     "StreamError",
     "StreamInterrupted",
     "StreamStats",
     "StreamTimeout",
+    "TokenAlignment",
+    "TokenBucket",
+    "TokenMismatchError",
     "ToolCall",
     "Usage",
     "collect",
+    "compare_costs",
     "complete",
+    "cost",
+    "count_tokens",
     "encode_event",
     "iter_bytes",
     "iter_chunks",
@@ -359,6 +381,36 @@ class StreamCancelled(SheepError):
     code = "CANCELLED"
 
 
+class CircuitOpenError(SheepError):
+    """A CircuitBreaker is open: nothing was sent; ``retry_after`` is when it lets a request through"""
+
+    code = "CIRCUIT_OPEN"
+
+
+class QueueFullError(SheepError):
+    """The queue of a Limiter is full: nothing was sent; ``retry_after`` is a guess"""
+
+    code = "QUEUE_FULL"
+
+
+class QueueTimeoutError(SheepError):
+    """The wait in the queue of a Limiter was too long: nothing was sent; ``retry_after`` is a guess"""
+
+    code = "QUEUE_TIMEOUT"
+
+
+class MissingExtraError(SheepError):
+    """What was asked for needs a package that is not installed; the message says which"""
+
+    code = "MISSING_EXTRA_ERROR"
+
+
+class TokenMismatchError(SheepError):
+    """The tokens that were counted here are not those of the provider; ``partial`` is the whole answer"""
+
+    code = "TOKEN_MISMATCH_ERROR"
+
+
 class CheckpointError(SheepError):
     """What was saved cannot be used, or nothing saved: damaged, in use, of another request, no room, no right"""
 
@@ -565,8 +617,16 @@ class Usage(NamedTuple):
     reasoning_tokens: int = 0
     #: what the provider says it charged, in its own currency (US dollars at all that do), or None
     cost: Decimal | None = None
-    #: who counted: "provider"
+    #: who counted: ``provider``; where it said nothing, and an alignment was asked for, ``local`` is by the model's own
+    #: tokenizer, ``estimate`` by anything else
     source: str = "provider"
+    #: what a TokenAlignment found: ``verified``, ``mismatch``, or ``unverified`` where the two cannot be compared
+    alignment: str | None = None
+    #: the input and output tokens that the provider counted, and those that were counted here; None is not counted
+    provider: tuple[int | None, int | None] | None = None
+    local: tuple[int | None, int | None] | None = None
+    #: when they were compared, in seconds since 1970
+    aligned_at: float | None = None
 
 
 class Chunk(NamedTuple):
@@ -3451,7 +3511,416 @@ def _url_without_keys(url: str) -> str:
 
 
 # ============================================================================================================
-# 7. Policies: when to wait, when to give up. May use: Errors and above
+# 6. Tokens and cost: usage checked, and turned into money. May use: Dialects and above
+# ============================================================================================================
+
+
+#: the tokenizers of OpenAI's models, by the beginning of their names: the first that fits
+_ENCODINGS = (
+    *((name, "o200k_base") for name in ("gpt-4o", "gpt-4.1", "gpt-4.5", "gpt-5", "chatgpt-4o", "o1", "o3", "o4")),
+    *((name, "cl100k_base") for name in ("gpt-4", "gpt-3.5")),
+)
+#: the one by which others are estimated
+_USUAL_ENCODING = "o200k_base"
+
+
+def count_tokens(
+    content: str | Sequence[Mapping[str, Any]],
+    model: str | None = None,
+    mode: str = "strict",
+    *,
+    chars_per_token: float | None = None,
+    method: str = "script",
+) -> int | None:
+    """How many tokens a text, or a list of messages, has
+
+    ``strict`` counts by the tokenizer of OpenAI's ``model``, o200k_base where no model is named; MissingExtraError
+    where no tokenizer is installed (the extra ``tokens``), or none is known for the model: that of no other vendor
+    is public. ``relaxed`` estimates and needs nothing: by scripts, which for English, Vietnamese, Chinese and code is
+    within 15 % of o200k_base on average; by ``method="words"``; or by ``chars_per_token``. ``none`` is None. Messages
+    have their roles counted in, as OpenAI does it, and of their content the text alone.
+    """
+    _check_choice("mode", mode, ("strict", "relaxed", "none"))
+    _check_choice("method", method, ("script", "words"))
+    if mode == "none":
+        return None
+    if mode == "strict":
+        encoding = _USUAL_ENCODING if model is None else _encoding_of(model)
+        if encoding is None:
+            raise MissingExtraError(f"no tokenizer is known for {model}: mode='relaxed' estimates its tokens")
+        count = _tokenizer(encoding)
+    else:
+        count = functools.partial(_estimate, chars_per_token=chars_per_token, method=method)
+    return _counted(content, count)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(choices)}, got {value!r}")
+
+
+def _counted(content: str | Sequence[Mapping[str, Any]], count: Callable[[str], int]) -> int:
+    if isinstance(content, str):
+        return count(content)
+    # https://github.com/openai/openai-cookbook/blob/main/examples/How_to_count_tokens_with_tiktoken.ipynb
+    total = 3
+    for message in content:
+        texts = [_text(message.get("role")), _plain_parts(message.get("content")), _text(message.get("name"))]
+        total += 3 + sum(map(count, texts)) + bool(texts[2])
+    return total
+
+
+def _plain_parts(content: Any) -> str:
+    return content if isinstance(content, str) else _texts(_list(content))
+
+
+def _encoding_of(model: str) -> str | None:
+    name = re.sub("^ft:", "", model.rpartition("/")[2])
+    return next((encoding for start, encoding in _ENCODINGS if name.startswith(start)), None)
+
+
+@functools.lru_cache(None)
+def _tokenizer(encoding: str) -> Callable[[str], int]:
+    """What counts the tokens of a text exactly; MissingExtraError where nothing that does is installed"""
+    try:
+        import bpe_openai  # type: ignore[import-not-found,unused-ignore]  # an extra
+    except ImportError:
+        pass
+    else:
+        ids = bpe_openai.get_encoding(encoding).encode_ordinary
+        return lambda text: len(ids(_without_surrogates(text)))
+    try:
+        import tiktoken  # type: ignore[import-not-found,unused-ignore]
+
+        encode = tiktoken.get_encoding(encoding).encode  # which it fetches when it is used first
+    except (ImportError, OSError) as error:
+        raise MissingExtraError(
+            "no tokenizer is installed: pip install 'sheepsse[tokens]', or mode='relaxed' estimates"
+        ) from error
+    return lambda text: len(encode(_without_surrogates(text), disallowed_special=()))
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _estimate(text: str, chars_per_token: float | None = None, method: str = "script") -> int:
+    """Tokens of a text without a tokenizer, rounded up"""
+    if chars_per_token is not None:
+        if not chars_per_token > 0:
+            raise ValueError(f"chars_per_token is above 0, got {chars_per_token!r}")
+        return math.ceil(len(text) / chars_per_token)
+    if method == "words":
+        return math.ceil(len(text.split()) * 4 / 3)
+    return round(sum(_weight(match) for match in re.finditer(_RUNS, text)))
+
+
+#: runs of characters that tokenizers do not cut, or cut evenly; words with an accent are cut more than those without
+_RUNS = (
+    "(?P<word>(?:[A-Z]?[a-z]+|[A-Z]+)(?![a-z\u00c0-\u024f\u1e00-\u1eff]))"
+    "|(?P<accented>[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+)"
+    "|(?P<ideograph>[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff])"
+    r"|(?P<letter>[^\W\d_])|(?P<digits>\d{1,3})|(?P<space>\s{2,}|\n)|(?P<sign>[^\w\s]+|_+)"
+)
+#: tokens of such a run, by least squares over texts and translations of Python and Django as o200k_base has them: of
+#: the run itself, and of each character of it beyond so many
+_WEIGHTS = {
+    "word": (1.0, 0.1, 6),
+    "accented": (0.23, 0.33, 0),
+    "ideograph": (0.75, 0.0, 0),
+    "letter": (0.35, 0.0, 0),
+    "digits": (1.4, 0.0, 0),
+    "space": (1.2, 0.0, 0),
+    "sign": (0.67, 0.25, 1),
+}
+
+
+def _weight(run: re.Match[str]) -> float:
+    each, more, beyond = _WEIGHTS[run.lastgroup or ""]
+    return each + more * max(0, run.end() - run.start() - beyond)
+
+
+class AlignmentReport(NamedTuple):
+    """What a TokenAlignment has counted of a stream so far"""
+
+    #: None where it is not counted
+    input_tokens: int | None
+    output_tokens: int | None
+    chunks: int
+    #: seconds since the stream began
+    elapsed: float
+    #: ``local`` or ``estimate``, as in Usage
+    source: str
+
+
+class TokenAlignment:
+    """Holds the tokens that are counted here against those of the provider, for ``alignment=`` of a stream
+
+    ``strict`` counts by the tokenizer of the model, as count_tokens does, and by o200k_base, as an estimate, where the
+    model's own is not public; ``relaxed`` estimates; ``batch`` is strict, or relaxed without a tokenizer, and counts
+    every ``batch_size`` chunks while the stream runs, with an AlignmentReport to ``on_report`` at most every
+    ``report_interval`` seconds; ``none`` counts nothing. The output is the text, and the reasoning where the provider
+    does not count that apart; with tool calls, a refusal or several choices the two cannot be compared. The input is
+    counted and not compared: how a vendor writes messages, tools and images is not public.
+
+    ``usage`` then says what was found: ``alignment``, and both numbers. It is the provider's wherever that counted; a
+    stream that was cut before its usage gets one that was counted here. A difference of more than ``tolerance``, a
+    share (by default 0.001, and 0.15 for an estimate), is logged as a warning; ``on_mismatch="adjust"`` takes the
+    provider's count and logs that; ``"raise"`` raises TokenMismatchError at the end. ``log=False`` logs nothing. May be
+    shared between threads and streams.
+    """
+
+    def __init__(
+        self,
+        mode: str = "strict",
+        count_input: bool = True,
+        count_output: bool = True,
+        on_mismatch: str = "log",
+        tolerance: float | None = None,
+        batch_size: int = 100,
+        on_report: Callable[[AlignmentReport], object] | None = None,
+        report_interval: float = 1.0,
+        *,
+        chars_per_token: float | None = None,
+        method: str = "script",
+        log: bool = True,
+    ) -> None:
+        _check_choice("mode", mode, ("strict", "relaxed", "batch", "none"))
+        _check_choice("on_mismatch", on_mismatch, ("log", "adjust", "raise"))
+        _check_choice("method", method, ("script", "words"))
+        if batch_size < 1:
+            raise ValueError(f"batch_size is 1 or more, got {batch_size!r}")
+        self.mode, self.count_input, self.count_output = mode, count_input, count_output
+        self.on_mismatch, self.tolerance, self.batch_size = on_mismatch, tolerance, batch_size
+        self.on_report, self.report_interval = on_report, report_interval
+        self.chars_per_token, self.method, self.log = chars_per_token, method, log
+
+    def _counter(self, model: str) -> tuple[Callable[[str], int], str]:
+        """What counts, and whether it is exact (``local``) or not (``estimate``)"""
+        estimate = functools.partial(_estimate, chars_per_token=self.chars_per_token, method=self.method)
+        if self.mode == "relaxed":
+            return estimate, "estimate"
+        own = _encoding_of(model)
+        try:
+            return _tokenizer(own or _USUAL_ENCODING), "local" if own else "estimate"
+        except MissingExtraError:
+            if self.mode == "strict":
+                raise
+            return estimate, "estimate"
+
+
+class _Alignment:
+    """A TokenAlignment at work on one stream"""
+
+    def __init__(self, terms: TokenAlignment, messages: Sequence[Any], model: str) -> None:
+        self._terms, self._messages = terms, messages
+        self._count, self.source = terms._counter(model)
+        self._input: int | None = None
+        self._chunks = self._chars = self._output = 0
+        self._reported_at = self._began_at = time.monotonic()
+
+    def note(self, answer: _Answer, chunks: int) -> None:
+        """Counts what came since, in mode batch, and reports it; a token across two batches counts as two"""
+        terms = self._terms
+        if terms.mode != "batch" or chunks < self._chunks + terms.batch_size:
+            return
+        text = _said_in(answer)
+        self._output += self._count(text[self._chars :]) if terms.count_output else 0
+        self._chunks, self._chars = chunks, len(text)
+        now = time.monotonic()
+        if terms.on_report is not None and now - self._reported_at >= terms.report_interval:
+            self._reported_at = now
+            output = self._output if terms.count_output else None
+            terms.on_report(AlignmentReport(self._counted_input(), output, chunks, now - self._began_at, self.source))
+
+    def _counted_input(self) -> int | None:
+        if self._terms.count_input and self._input is None:
+            self._input = _counted(self._messages, self._count)
+        return self._input
+
+    def aligned(self, answer: _Answer, choices: int = 1, cut: bool = False) -> Usage:
+        """The usage of an answer, with what was found; TokenMismatchError where that is to be raised
+
+        What the provider had counted when a stream was cut is no count of what came.
+        """
+        terms, said = self._terms, None if cut else answer.usage
+        # what is told apart by the provider may be hidden, or a summary of what was thought
+        told = 0 if said is None else said.reasoning_tokens
+        text = "".join(answer.text) if told else _said_in(answer)
+        local = self._counted_input(), self._count(text) if terms.count_output else None
+        if said is None:
+            usage = Usage(local[0] or 0, local[1] or 0, (local[0] or 0) + (local[1] or 0))
+            source = "estimate" if None in local else self.source  # what is not counted has no price
+            return usage._replace(source=source, alignment="unverified", local=local, aligned_at=time.time())
+        usage = said._replace(local=local, aligned_at=time.time(), alignment="unverified")
+        if said.source == "provider":
+            usage = usage._replace(provider=(said.input_tokens, said.output_tokens))
+        counted = local[1]
+        if counted is None or usage.provider is None or choices != 1 or answer.tool_calls or answer.refusal:
+            return usage
+        sent = said.output_tokens - told
+        tolerance = terms.tolerance
+        if tolerance is None:
+            tolerance = 0.001 if self.source == "local" else 0.15
+        if abs(counted - sent) <= max(1, tolerance * sent):
+            return usage._replace(alignment="verified")
+        self._report_mismatch(counted, sent)
+        return usage._replace(alignment="mismatch")
+
+    def _report_mismatch(self, counted: int, sent: int) -> None:
+        terms = self._terms
+        message = f"counted {counted} tokens of output ({self.source}) where the provider says {sent}"
+        if terms.on_mismatch == "raise":
+            raise TokenMismatchError(message)
+        if terms.log:
+            adjusted = terms.on_mismatch == "adjust"
+            _log.log(logging.INFO if adjusted else logging.WARNING, "%s%s", message, ", which is taken" * adjusted)
+
+
+def _said_in(answer: _Answer) -> str:
+    return "".join([*answer.reasoning, *answer.text])
+
+
+class Price(NamedTuple):
+    """What a model costs, in one currency, for a million tokens: numbers, or a str, which is taken to the last digit"""
+
+    input: Decimal | float | str
+    output: Decimal | float | str
+    #: of input that the provider had in its cache, or put there; None is the price of other input
+    cache_read: Decimal | float | str | None = None
+    cache_write: Decimal | float | str | None = None
+
+
+def cost(
+    usage: Usage | None, price: Price | None = None, *, model: str | None = None, provider: str | None = None
+) -> Decimal | None:
+    """What a request cost, to the last digit; None where nobody knows, which the log says
+
+    It is what the provider itself says it charged, where ``usage`` has that. Else it is counted by ``price``. Without
+    one it is in US dollars, by the list prices that the package genai-prices (the extra ``prices``) has for ``model``
+    at ``provider``, a name in PROVIDERS; for HolySheep and Ollama there is none. Nothing is ever guessed: tokens that
+    are an estimate cost None.
+    """
+    if usage is None or usage.cost is not None:
+        return None if usage is None else usage.cost
+    if usage.source == "estimate":
+        _log.info("the tokens are an estimate, which has no price")
+        return None
+    if price is None:
+        try:
+            return _list_price(usage, model, provider)
+        except (LookupError, ValueError) as error:
+            _log.info("no price is known for %s at %s: %s", model or "no model", provider or "its provider", error)
+            return None
+    cached = usage.cache_read_tokens, usage.cache_write_tokens
+    counted = (
+        (usage.input_tokens - sum(cached), price.input),
+        (cached[0], price.input if price.cache_read is None else price.cache_read),
+        (cached[1], price.input if price.cache_write is None else price.cache_write),
+        (usage.output_tokens, price.output),
+    )
+    return _spent(*counted)
+
+
+def _exact(number: Decimal | float | str) -> Decimal:
+    from decimal import Decimal
+
+    exact = Decimal(str(number))
+    if not exact.is_finite():
+        raise ValueError(f"expected a number, got {number!r}")
+    return exact
+
+
+def _spent(*counted: tuple[int | Decimal, Decimal | float | str]) -> Decimal:
+    """What so many tokens cost at so much for a million, to the last digit"""
+    from decimal import localcontext
+
+    with localcontext() as context:
+        context.prec = 60
+        return sum((count * _exact(price) for count, price in counted), _exact(0)).scaleb(-6)
+
+
+#: what genai-prices calls those who set the prices; the others are resellers with their own, or take none
+_PRICED_BY = {
+    "openai": "openai",
+    "openai-responses": "openai",
+    "deepseek": "deepseek",
+    "anthropic": "anthropic",
+    "gemini": "google",
+    "openrouter": "openrouter",
+    "mistral": "mistral",
+}
+
+
+def _list_price(usage: Usage, model: str | None, provider: str | None) -> Decimal:
+    """The cost by the list prices; LookupError where there are none"""
+    seller = _PRICED_BY.get(provider or "")
+    if not model or not seller:
+        raise LookupError("pass a price, or prices= to the Client")
+    try:
+        import genai_prices  # type: ignore[import-not-found,unused-ignore]  # an extra
+    except ImportError as error:
+        raise LookupError("pip install 'sheepsse[prices]' brings list prices") from error
+    counts = genai_prices.Usage(
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cache_read_tokens=usage.cache_read_tokens or None,
+        cache_write_tokens=usage.cache_write_tokens or None,
+    )
+    total: Decimal = genai_prices.calc_price(counts, model_ref=model, provider_id=seller).total_price
+    return total
+
+
+class CostMix(NamedTuple):
+    """What an amount of tokens costs by one mix of models; the amounts are None where a price is not known"""
+
+    name: str
+    #: by model
+    parts: Mapping[str, Decimal | None]
+    total: Decimal | None
+    #: against the first mix, in money, in per cent of that, and in a year of twelve such amounts
+    saving: Decimal | None
+    percent: Decimal | None
+    yearly_saving: Decimal | None
+
+
+def compare_costs(
+    input_tokens: int,
+    output_tokens: int,
+    mixes: Mapping[str, str | Mapping[str, float]],
+    prices: Mapping[str, Price],
+) -> list[CostMix]:
+    """What so many tokens, as of a month, cost by each of the mixes, and what each saves against the first
+
+        compare_costs(10_000_000, 50_000_000, {"now": "large", "mixed": {"small": 0.6, "large": 0.4}}, prices)
+
+    A mix is a model, or the shares of several, which count for input and output alike and make 1 together, else it
+    is a ValueError. A model without a price makes its mix None, and not 0.
+    """
+    results: list[CostMix] = []
+    for name, mix in mixes.items():
+        shares = {model: _exact(share) for model, share in ({mix: 1} if isinstance(mix, str) else mix).items()}
+        if abs(float(sum(shares.values())) - 1) > 1e-6 or any(share < 0 for share in shares.values()):
+            raise ValueError(
+                f"the shares of the mix {name!r} are not parts of 1: {', '.join(map(str, shares.values()))}"
+            )
+        parts = {model: _part(share, input_tokens, output_tokens, prices.get(model)) for model, share in shares.items()}
+        total = None if None in parts.values() else sum(filter(None, parts.values()), _exact(0))
+        first = results[0].total if results else total
+        saving = None if total is None or first is None else first - total
+        percent = None if saving is None or not first else saving / first * 100
+        results.append(CostMix(name, parts, total, saving, percent, None if saving is None else saving * 12))
+    return results
+
+
+def _part(share: Decimal, input_tokens: int, output_tokens: int, price: Price | None) -> Decimal | None:
+    if price is None:
+        return None
+    return _spent((share * input_tokens, price.input), (share * output_tokens, price.output))
+
+
+# ============================================================================================================
+# 7. Policies: when to wait, when to refuse, when to give up. May use: Errors and above
 # ============================================================================================================
 
 
@@ -3633,6 +4102,573 @@ class Retry(_Urllib3Retry):
             (self.sleep_function or time.sleep)(self.delay)
 
 
+class TokenBucket:
+    """Lets ``rate`` tokens a second through, and at most ``capacity`` at once; may be shared between threads
+
+    In any t seconds no more than ``rate * t + capacity`` pass. Who waits is served in order of arrival. ``clock``
+    gives seconds and must never go back; ``sleep`` waits for some.
+    """
+
+    #: seconds that are slept at least: fewer might not move the clock
+    _LEAST = 1e-6
+
+    def __init__(
+        self,
+        rate: float,
+        capacity: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        if not (rate > 0 and capacity > 0):
+            raise ValueError(f"a TokenBucket has a rate and a capacity above 0, got {rate!r} and {capacity!r}")
+        self.rate, self.capacity = rate, capacity
+        self._clock, self._sleep = clock, sleep
+        self._lock = threading.Lock()
+        self._tokens: float = capacity
+        self._filled_at = clock()
+        self._queue: dict[object, float] = {}  # what each waits for, in order of arrival
+
+    def try_acquire(self, n: float = 1) -> bool:
+        """Takes ``n`` tokens if they are there, and nobody waits for some; ValueError where there can never be"""
+        self._check(n)
+        with self._lock:
+            return not self._queue and not self._delay(n, None)
+
+    def acquire(self, n: float = 1, timeout: float | None = None) -> bool:
+        """Takes ``n`` tokens, and waits for them if it must; ValueError where there can never be so many
+
+        False, and none taken, as soon as it is clear that ``timeout`` seconds are not enough.
+        """
+        self._check(n)
+        until = None if timeout is None else self._clock() + timeout
+        turn = object()
+        try:
+            with self._lock:
+                self._queue[turn] = n
+            while True:
+                with self._lock:
+                    delay = self._delay(n, turn)
+                if not delay:
+                    return True
+                if until is not None and self._clock() + delay > until:
+                    return False
+                self._sleep(delay)
+        finally:
+            with self._lock:
+                self._queue.pop(turn, None)
+
+    def _check(self, n: float) -> None:
+        if not 0 < n <= self.capacity:
+            raise ValueError(f"a TokenBucket of capacity {self.capacity} gives more than 0 and up to that, not {n!r}")
+
+    def _delay(self, n: float, turn: object) -> float:
+        """Takes the tokens and gives 0, or gives the seconds until they are there after those waited for before"""
+        now = self._clock()
+        self._tokens = min(self.capacity, self._tokens + (now - self._filled_at) * self.rate)
+        self._filled_at = now
+        before = sum(self._ahead(turn))
+        if not before and n <= self._tokens:
+            self._tokens -= n
+            return 0.0
+        return max((before + n - self._tokens) / self.rate, self._LEAST)
+
+    def _ahead(self, turn: object) -> Iterator[float]:
+        """What those wait for who came before"""
+        for other, n in self._queue.items():
+            if other is turn:
+                return
+            yield n
+
+
+class LimiterStats(NamedTuple):
+    """What became of those who asked a Limiter for a slot: each counts as one of these"""
+
+    #: who holds a slot
+    active: int
+    #: who waits for one
+    queued: int
+    #: who held one and gave it back
+    served: int
+    #: who found the queue full
+    rejected: int
+    #: whose wait was too long
+    timed_out: int
+    #: who went away while waiting
+    cancelled: int
+    #: of a user's waiters the first one's place in the queue, which begins with 1; None where none waits
+    position: int | None = None
+
+
+class Slot:
+    """A slot of a Limiter, given back exactly once: by ``release()``, on leaving ``with``, or when it is collected"""
+
+    def __init__(self, limiter: Limiter, user: Any, since: float) -> None:
+        self._held = [(user, since)]
+        self._limiter = limiter
+
+    def release(self) -> None:
+        """Gives it back; from any thread, and again"""
+        try:
+            held = self._held.pop()  # one alone gets it
+        except IndexError:
+            return
+        self._limiter._take_back(*held)
+
+    def __enter__(self) -> Slot:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+
+class _Waiter:
+    """One who waits for a slot"""
+
+    def __init__(
+        self,
+        priority: float,
+        user: Any,
+        number: int,
+        bell: threading.Event,
+        on_position: Callable[[int], object] | None,
+    ) -> None:
+        self.order = (-priority, number)
+        self.user, self.bell, self.on_position = user, bell, on_position
+        self.slot: Slot | None = None
+
+    def __lt__(self, other: _Waiter) -> bool:
+        return self.order < other.order
+
+
+class Limiter:
+    """At most ``max_concurrent`` streams at once, of one user ``max_per_user``; may be shared between threads
+
+        with limiter.acquire(priority=1, user="ann"):
+            ...
+
+    Up to ``max_queue`` others wait, for ``queue_timeout`` seconds at most (None is for ever): the highest priority
+    first, equals in order of arrival. No more than ``rate`` begin in any ``period`` seconds. As ``limiter=`` of a
+    Client or a call it gives each stream a slot, from before the first request until the stream is at its end,
+    whatever that is; what the provider says of its limits makes all of them wait. ``clock`` gives seconds and must
+    never go back; ``sleep`` waits for some, if it is given; else those who wait are woken.
+    """
+
+    def __init__(
+        self,
+        max_concurrent: int = 10,
+        max_queue: int = 100,
+        rate: int | None = None,
+        period: float = 60,
+        queue_timeout: float | None = 30,
+        max_per_user: int | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        if max_concurrent < 1 or max_queue < 0 or period <= 0:
+            raise ValueError("a Limiter has max_concurrent of 1 or more, max_queue of 0 or more, period above 0")
+        if any(limit is not None and limit < 1 for limit in (rate, max_per_user)):
+            raise ValueError("rate and max_per_user of a Limiter are 1 or more, or None")
+        self.max_concurrent, self.max_queue, self.max_per_user = max_concurrent, max_queue, max_per_user
+        self.rate, self.period, self.queue_timeout = rate, period, queue_timeout
+        self._clock, self._sleep = clock, sleep
+        self._lock = threading.Lock()
+        self._queue: list[_Waiter] = []  # the next one first
+        # slots given back, also in the midst of a collection: by whom, and for how long they were held
+        self._returned: collections.deque[tuple[Any, float]] = collections.deque()
+        self._users: dict[Any, int] = {}  # how many slots each holds
+        self._starts: collections.deque[float] = collections.deque(maxlen=rate)
+        self._held_until = clock()  # by what the provider says
+        self._number = self._active = self._served = self._rejected = self._timed_out = self._cancelled = 0
+        self._holding = 0.0  # seconds for which a slot is held, of late
+
+    def acquire(
+        self, priority: float = 0, user: Any = None, *, on_position: Callable[[int], object] | None = None
+    ) -> Slot:
+        """A slot, waited for if it must be; QueueFullError or QueueTimeoutError where there is none
+
+        ``on_position`` is told the place in the queue, 1 for the next one, at first and when it changes. ``user`` is
+        what ``max_per_user`` goes by; None is nobody in particular.
+        """
+        return self._acquire(priority, user, on_position)
+
+    def bind(self, priority: float = 0, user: Any = None) -> _BoundLimiter:
+        """The same limiter, for ``limiter=`` of one stream: with this priority and user"""
+        return _BoundLimiter(self, priority, user)
+
+    def stats(self, user: Any = None) -> LimiterStats:
+        """The numbers so far; with a ``user``, ``active``, ``queued`` and ``position`` are his"""
+        with self._settled():
+            places = [place for place, waiter in enumerate(self._queue, 1) if user is None or waiter.user == user]
+            return LimiterStats(
+                active=self._active if user is None else self._users.get(user, 0),
+                queued=len(places),
+                served=self._served,
+                rejected=self._rejected,
+                timed_out=self._timed_out,
+                cancelled=self._cancelled,
+                position=None if user is None or not places else places[0],
+            )
+
+    def heed(self, headers: Mapping[str, str], status: int = 200) -> None:
+        """Holds all back for as long as an answer asks to
+
+        That is ``Retry-After`` and ``retry-after-ms`` of a 429 or 503, and the time of reset of ``x-ratelimit-*`` and
+        ``anthropic-ratelimit-*`` where nothing remains:
+        https://platform.openai.com/docs/guides/rate-limits, https://docs.anthropic.com/en/api/rate-limits
+        """
+        headers = requests.structures.CaseInsensitiveDict(headers)
+        delay = max(_until_reset(headers), (_retry_after(headers) or 0.0) if status in (429, 503) else 0.0)
+        with self._settled():
+            self._held_until = max(self._held_until, self._clock() + min(delay, _LONGEST_HOLD))
+
+    def _acquire(
+        self,
+        priority: float,
+        user: Any,
+        on_position: Callable[[int], object] | None = None,
+        timeout: float | None = None,
+        bell: threading.Event | None = None,
+        check: Callable[[], object] = bool,
+    ) -> Slot:
+        """``bell`` wakes the one who waits, and ``check()`` then raises if the wait is in vain"""
+        hash(user)  # what cannot be one is refused here, not where others wait
+        limits = [limit for limit in (timeout, self.queue_timeout) if limit is not None]
+        until = self._clock() + min(limits) if limits else None
+        waiter = self._entered(priority, user, bell or threading.Event(), on_position)
+        try:
+            place = 0
+            while waiter.slot is None:
+                before, place = place, self._place(waiter)
+                if on_position is not None and place not in (before, 0):
+                    on_position(place)
+                self._wait(waiter, until)
+                check()
+            waiter.bell.clear()  # it may be there for more than this
+            check()
+            return waiter.slot
+        except BaseException:
+            self._leave(waiter)
+            raise
+
+    def _entered(
+        self, priority: float, user: Any, bell: threading.Event, on_position: Callable[[int], object] | None
+    ) -> _Waiter:
+        """One who waits, or has a slot already; QueueFullError where there is no room to wait"""
+        with self._settled():
+            self._number += 1
+            waiter = _Waiter(priority, user, self._number, bell, on_position)
+            bisect.insort(self._queue, waiter)
+            self._grant()
+            if waiter.slot is None and len(self._queue) > self.max_queue:
+                self._queue.remove(waiter)
+                self._rejected += 1
+                raise QueueFullError(
+                    f"the queue is full: {self._active} streams are active and {len(self._queue)} wait",
+                    retry_after=self._guess(len(self._queue) + 1),
+                )
+            self._ring()
+            return waiter
+
+    def _place(self, waiter: _Waiter) -> int:
+        """Its place in the queue, 0 where it has a slot"""
+        with self._settled():
+            return 0 if waiter.slot is not None else 1 + self._queue.index(waiter)
+
+    def _wait(self, waiter: _Waiter, until: float | None) -> None:
+        """Waits for a slot until something changes; QueueTimeoutError when it was too long"""
+        with self._settled():
+            if self._grant():
+                self._ring()
+            now = self._clock()
+            if waiter.slot is not None:
+                return
+            pauses = [] if until is None else [until - now]
+            if pauses and pauses[0] <= 0:
+                place = 1 + self._queue.index(waiter)
+                self._queue.remove(waiter)
+                self._timed_out += 1
+                self._ring()
+                raise QueueTimeoutError(
+                    f"waited too long for a slot, at place {place} of the queue", retry_after=self._guess(place)
+                )
+            if self._active < self.max_concurrent and waiter is self._next():
+                pauses.append(max(self._delay(now), TokenBucket._LEAST))
+        pause = min(pauses, default=None)
+        if self._sleep is not None and pause is not None:
+            self._sleep(pause)
+        else:
+            waiter.bell.wait(pause)
+        waiter.bell.clear()
+
+    def _leave(self, waiter: _Waiter) -> None:
+        """Takes one out who does not wait any more"""
+        with self._settled():
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+                self._cancelled += 1
+                self._ring()
+        if waiter.slot is not None:
+            waiter.slot.release()
+
+    def _take_back(self, user: Any, since: float) -> None:
+        """Takes a slot back, also while this thread, or another, is amid something here: then that does the rest"""
+        self._returned.append((user, self._clock() - since))
+        self._settle()
+
+    def _settle(self) -> None:
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._count_returned()
+            finally:
+                self._lock.release()
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Holds the lock, and knows of all slots that were given back"""
+        try:
+            with self._lock:
+                self._count_returned()
+                yield
+        finally:
+            self._settle()
+
+    def _count_returned(self) -> None:
+        if not self._returned:
+            return
+        while self._returned:
+            user, held = self._returned.popleft()
+            self._active -= 1
+            self._served += 1
+            self._holding += ((held - self._holding) / 4) if self._served > 1 else held
+            if user is not None:
+                self._users[user] -= 1
+                if not self._users[user]:
+                    del self._users[user]
+        self._grant()
+        self._ring()
+
+    def _grant(self) -> bool:
+        """Gives slots to those whose turn it is; whether there were any"""
+        now, number = self._clock(), len(self._queue)
+        while self._queue and self._active < self.max_concurrent and not self._delay(now):
+            waiter = self._next()
+            if waiter is None:
+                break
+            self._queue.remove(waiter)
+            self._active += 1
+            if waiter.user is not None:
+                self._users[waiter.user] = self._users.get(waiter.user, 0) + 1
+            if self.rate is not None:
+                self._starts.append(now)
+            waiter.slot = Slot(self, waiter.user, now)
+            waiter.bell.set()
+        return len(self._queue) < number
+
+    def _next(self) -> _Waiter | None:
+        """Whose turn it is: the first whose user may have one more"""
+        limit = self.max_per_user
+        return next(
+            (waiter for waiter in self._queue if limit is None or self._users.get(waiter.user, 0) < limit), None
+        )
+
+    def _delay(self, now: float) -> float:
+        """Seconds until one more may begin, where there is a slot"""
+        pauses = [self._held_until - now]
+        if self.rate is not None and len(self._starts) == self.rate:
+            pauses.append(self._starts[0] + self.period - now)
+        return max(0.0, *pauses)
+
+    def _guess(self, place: int) -> float:
+        """Seconds until the one at this place may have a slot, by how long they were held of late"""
+        held = self._holding if self._served else 1.0
+        return max(self._delay(self._clock()), held * place / self.max_concurrent)
+
+    def _ring(self) -> None:
+        """Wakes those who have to look again: whose turn may come by time alone, and who wants to know the place"""
+        first = self._next()
+        for waiter in self._queue:
+            if waiter is first or waiter.on_position is not None:
+                waiter.bell.set()
+
+
+class _BoundLimiter(NamedTuple):
+    """A Limiter with the priority and the user of one stream"""
+
+    limiter: Limiter
+    priority: float
+    user: Any
+
+    def acquire(
+        self, priority: float | None = None, user: Any = None, *, on_position: Callable[[int], object] | None = None
+    ) -> Slot:
+        """As of the Limiter, where it is not said otherwise for this user with this priority"""
+        priority = self.priority if priority is None else priority
+        return self.limiter.acquire(priority, self.user if user is None else user, on_position=on_position)
+
+    def heed(self, headers: Mapping[str, str], status: int = 200) -> None:
+        """As of the Limiter"""
+        self.limiter.heed(headers, status)
+
+    def stats(self) -> LimiterStats:
+        """The numbers of this user"""
+        return self.limiter.stats(self.user)
+
+
+#: seconds for which an answer may hold all back: one that asks for more is broken
+_LONGEST_HOLD = 24 * 3600.0
+#: what providers call that which is limited, before -remaining- or -reset-
+_LIMITED = ("requests", "tokens", "input-tokens", "output-tokens")
+
+
+def _until_reset(headers: Mapping[str, str]) -> float:
+    """Seconds until there is something again of that of which an answer says that nothing remains"""
+    pairs = [("x-ratelimit-remaining", "x-ratelimit-reset")]
+    for name in _LIMITED:
+        pairs.append((f"x-ratelimit-remaining-{name}", f"x-ratelimit-reset-{name}"))
+        pairs.append((f"anthropic-ratelimit-{name}-remaining", f"anthropic-ratelimit-{name}-reset"))
+    spent = [reset for remaining, reset in pairs if _number(headers.get(remaining)) == 0]
+    return max((_seconds_to(headers.get(reset) or "") for reset in spent), default=0.0)
+
+
+def _seconds_to(moment: str) -> float:
+    """Seconds to a time as providers write it: 6m0s, 120ms, RFC 3339, or a Unix time in seconds or milliseconds"""
+    span = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:([\d.]+)s)?(?:([\d.]+)ms)?", moment.strip())
+    if moment.strip() and span:
+        hours, minutes, seconds, milliseconds = (_number(part) or 0.0 for part in span.groups())
+        return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
+    if re.fullmatch(r"\d{1,15}(\.\d*)?", moment.strip(), re.ASCII):
+        number = float(moment)  # a Unix time is far above any span
+        return number if number < 1e8 else max(0.0, number / (1000 if number > 1e11 else 1) - time.time())
+    from datetime import datetime
+
+    try:
+        return max(0.0, datetime.fromisoformat(moment.strip().replace("Z", "+00:00")).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def _unbound(limiter: Any) -> Any:
+    return limiter.limiter if isinstance(limiter, _BoundLimiter) else limiter
+
+
+class CircuitBreaker:
+    """Refuses at once to ask a provider that has failed; may be shared between threads
+
+    Closed it lets all through. After ``failure_threshold`` failures in a row it opens, and refuses with
+    CircuitOpenError for ``recovery_timeout`` seconds. Then it is half-open: one is let through, and closes it or
+    opens it again. A stream counts once, whatever the number of its requests: no connection, a time-out, a 5xx and
+    a loss in mid-stream are failures; errors of the caller's own and a cancel are neither that nor a success.
+    ``clock`` gives seconds and must never go back.
+    """
+
+    def __init__(
+        self,
+        failure_threshold: int = 5,
+        recovery_timeout: float = 60,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if failure_threshold < 1 or recovery_timeout < 0:
+            raise ValueError("a CircuitBreaker opens after 1 failure or more, for 0 seconds or more")
+        self.failure_threshold, self.recovery_timeout = failure_threshold, recovery_timeout
+        self._clock = clock
+        self._lock = threading.RLock()  # a collection may end a passage in the midst of anything
+        self._failures = 0
+        self._opened_at: float | None = None
+        self._trying = False
+        self._round = 0  # what began before the last change of state says nothing about the present one
+
+    @property
+    def state(self) -> str:
+        """``closed``, ``open`` or ``half-open``"""
+        with self._lock:
+            if self._opened_at is None:
+                return "closed"
+            return "open" if self._seconds_left(self._opened_at) > 0 else "half-open"
+
+    def enter(self) -> _Passage:
+        """Lets one through, or raises CircuitOpenError
+
+            with breaker.enter():
+                ...
+
+        What is raised inside counts as said above, with the errors of requests as with those of this module.
+        """
+        with self._lock:
+            self.check()
+            self._trying = self._opened_at is not None
+            return _Passage(self, self._round)
+
+    def check(self) -> None:
+        """Raises CircuitOpenError where nobody is let through now"""
+        with self._lock:
+            if self._opened_at is None:
+                return
+            left = self._seconds_left(self._opened_at)
+            if left > 0 or self._trying:
+                raise CircuitOpenError(
+                    f"not asked: {self._failures} streams in a row failed, "
+                    + (f"and the next may be tried in {left:.1f} s" if left > 0 else "and one is being tried now"),
+                    retry_after=max(left, 0.0),
+                )
+
+    def _seconds_left(self, opened_at: float) -> float:
+        return opened_at + self.recovery_timeout - self._clock()
+
+    def _ended(self, round: int, success: bool | None) -> None:
+        with self._lock:
+            if round != self._round:
+                return
+            was_tried, self._trying = self._trying, False
+            if success is None:
+                return
+            if success:
+                self._failures = 0
+            else:
+                self._failures += 1
+            if was_tried or self._failures >= self.failure_threshold:
+                self._opened_at = None if success else self._clock()
+                self._round += 1
+
+
+class _Passage:
+    """One whom a CircuitBreaker has let through; the first that is said of how it ended counts"""
+
+    def __init__(self, breaker: CircuitBreaker, round: int) -> None:
+        self._breaker = breaker
+        self._rounds = [round]
+
+    def end(self, success: bool | None) -> None:
+        """``success`` is None where it was neither that nor a failure"""
+        try:
+            round = self._rounds.pop()
+        except IndexError:
+            return
+        self._breaker._ended(round, success)
+
+    def __enter__(self) -> _Passage:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.end(_was_success(error))
+
+    def __del__(self) -> None:
+        self.end(None)
+
+
+def _was_success(error: BaseException | None) -> bool | None:
+    """Whether a provider did what it was asked for; None where its error says nothing about it"""
+    if error is None:
+        return True
+    down = (requests.ConnectionError, requests.Timeout, ServerError, StreamInterrupted)
+    return False if isinstance(error, down) or (isinstance(error, StreamError) and error.retryable) else None
+
+
 # ============================================================================================================
 # 8. Transport: sockets that know their limits; the Retry-backed session. May use: Policies and above
 # ============================================================================================================
@@ -3659,7 +4695,7 @@ class _Wire:
         self._due_reason = ""
         self._lock = threading.RLock()  # a signal handler may cancel, in the thread that holds it
         self._socket: socket.socket | None = None
-        self._wake = threading.Event()
+        self.wake = threading.Event()  # set when it is ended
 
     def expect(self, seconds: float | None, reason: str) -> None:
         """From now on the next chunk must come within so many seconds"""
@@ -3699,7 +4735,7 @@ class _Wire:
                 # ciphertext for text. What is no socket itself (TLS inside TLS, pyOpenSSL) has one
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(getattr(self._socket, "socket", self._socket), socket.SHUT_RDWR)
-        self._wake.set()
+        self.wake.set()
 
     def check(self) -> None:
         """Raises what http.client and urllib3 take for an end of the connection, when there must be one"""
@@ -3733,7 +4769,7 @@ class _Wire:
 
     def pause(self, seconds: float) -> None:
         """Waits, unless the call is ended meanwhile"""
-        self._wake.wait(seconds)
+        self.wake.wait(seconds)
 
 
 #: the wire of the call that this thread is sending; urllib3 gives no other way to say it to a connection
@@ -5429,12 +6465,25 @@ class _Checkpoint(NamedTuple):
     folder: str
     #: None is the request's hash
     name: str | None = None
+    #: which one it is of several equal requests
+    copy: str = ""
 
     def open(self, request: str, refresh: bool = False) -> _Journal:
         """The journal for a request, by its hash; CheckpointError where it holds the answer to another"""
+        request = self._key(request)
         name = request if self.name is None else self.name
-        path = os.path.join(self.folder, _file_name(name))
-        return _Journal.open(path, refresh, name=name, request=request)
+        return _Journal.open(self._path(request), refresh, name=name, request=request)
+
+    def is_complete(self, request: str) -> bool:
+        """Whether the whole answer to a request, by its hash, is there"""
+        saved = _saved_if_complete(self._path(self._key(request)))
+        return saved is not None and saved.header.get("request") == self._key(request)
+
+    def _key(self, request: str) -> str:
+        return _request_key([request, self.copy]) if self.copy else request
+
+    def _path(self, request: str) -> str:
+        return os.path.join(self.folder, _file_name(request if self.name is None else self.name))
 
 
 def _as_checkpoint(place: Any) -> _Checkpoint:
@@ -5615,8 +6664,16 @@ class _Target:
     """Who is asked: the result of all that names a provider"""
 
     def __init__(
-        self, base_url: str, dialect: type[Dialect], key_headers: dict[str, str], check_url: str, continuation: str
+        self,
+        provider: str | None,
+        base_url: str,
+        dialect: type[Dialect],
+        key_headers: dict[str, str],
+        check_url: str,
+        continuation: str,
     ) -> None:
+        #: its name in PROVIDERS, if it is there
+        self.provider = provider
         self.base_url = base_url
         self.dialect = dialect
         #: the headers that carry the key
@@ -5816,6 +6873,10 @@ class _CallOptions(NamedTuple):
     headers: Mapping[str, str]
     format: str | None
     max_event_size: int
+    #: a Limiter, bound or not, or anything with its acquire()
+    limiter: Any = None
+    breaker: CircuitBreaker | None = None
+    prices: Mapping[str, Price] | None = None
 
     def but(self, **changes: Any) -> _CallOptions:
         """With ``changes``, where None is no change, or no limit; headers are added to those there are"""
@@ -5849,6 +6910,7 @@ class _Terms(NamedTuple):
     refresh: bool = False
     resume: str | Sequence[str] = "auto"
     resume_from: Any = None
+    alignment: TokenAlignment | None = None
 
     def checked(self) -> _Terms:
         """The same in the types that a call takes; errors for what is none of them"""
@@ -5914,6 +6976,13 @@ class _Call:
         self.cached = False  # whether the answer is a checkpoint's
         self.by_text = False  # whether its reader takes nothing but the text
         self._given_up = False
+        self._slot = contextlib.ExitStack()  # of the limiter, as long as it is held
+        self._has_slot = False
+        self._was_asked = False  # whether the provider was asked for anything
+        self._passage: _Passage | None = None  # through the breaker
+        self._alignment: _Alignment | None = None
+        if terms.alignment is not None and terms.alignment.mode != "none":
+            self._alignment = _Alignment(terms.alignment, request.messages, request.model)
         self._asked = self._ask = request.ask()  # at first, and as it stands
         self._events = _EventLog(events)
         self._plan = self._first_plan()
@@ -5928,17 +6997,90 @@ class _Call:
 
     def start(self) -> None:
         """Gets the first response whose body may be read"""
-        self.clock.start = self._came_at = time.monotonic()
+        self._came_at = time.monotonic()
+        if self.clock.start is None:
+            self.clock.start = self._came_at
         if self._terms.deadline is not None:
             self.wire.deadline = self.clock.start + self._terms.deadline
         begun = self._terms.resume_from is not None
         self._whole = begun and self._is_finished
         if self._terms.checkpoint is not None:
             self._journal = self._terms.checkpoint.open(self._request_key(), self._terms.refresh)
+        if self._journal is None or not self._journal.complete:
+            self._admit()
+        if self._journal is not None:
             self._take_up(self._journal)
             begun = self._untold
         if not (self._whole or (begun and self._went_on_from_elsewhere(self._terms.resume))):
             self._begin()
+
+    def _admit(self) -> None:
+        """Waits for a slot of the limiter, and for leave of the breaker, before anything is sent"""
+        limiter, breaker = self._options.limiter, self._options.breaker
+        if breaker is not None and self._passage is None:
+            breaker.check()  # there is no use in waiting
+        if limiter is not None and not self._has_slot:
+            self._slot.enter_context(self._slot_of(limiter))
+            self._has_slot = True
+        if breaker is not None and self._passage is None:
+            self._passage = breaker.enter()
+
+    def _slot_of(self, limiter: Any) -> ContextManager[object]:
+        if isinstance(limiter, Limiter):
+            limiter = limiter.bind()
+        if not isinstance(limiter, _BoundLimiter):
+            slot: ContextManager[object] = limiter.acquire()
+            return slot
+        deadline = self.wire.deadline
+        timeout = None if deadline is None else deadline - time.monotonic()
+        try:
+            return limiter.limiter._acquire(
+                limiter.priority, limiter.user, timeout=timeout, bell=self.wire.wake, check=self._check_not_ended
+            )
+        except QueueTimeoutError as error:
+            if not self.is_late:
+                raise
+            raise StreamTimeout("the deadline of the call has passed, waiting for a slot of the limiter") from error
+
+    def _check_not_ended(self) -> None:
+        if self.wire.ended:
+            raise self._judged(StreamInterrupted("ended before it was sent"))
+
+    def end_passage(self, success: bool | None) -> None:
+        """Tells the breaker how the call ended; the first that is said counts"""
+        if self._passage is not None:
+            self._passage.end(success)
+
+    def outcome(self, error: SheepError) -> bool | None:
+        """What an error says of the provider; None where it was not asked, or the caller's own deadline has passed"""
+        return None if not self._was_asked or self.is_late else _was_success(error)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a checkpoint holds the whole answer"""
+        checkpoint = self._terms.checkpoint
+        return checkpoint is not None and not self._terms.refresh and checkpoint.is_complete(self._request_key())
+
+    @property
+    def goes_on_from_elsewhere(self) -> bool:
+        """Whether its caller has been given a part of the answer before"""
+        return self._terms.resume_from is not None
+
+    def may_follow(self, other: _Call, error: SheepError) -> bool:
+        """Whether it is another way: not to the queue that has refused already"""
+        is_refused = isinstance(error, (QueueFullError, QueueTimeoutError))
+        return not is_refused or _unbound(self._options.limiter) is not _unbound(other._options.limiter)
+
+    def follow(self, other: _Call, error: SheepError) -> None:
+        """Goes on for another call, which got no answer: with its slot, and its passage, where they are of use"""
+        self.clock.start, self.attempts, self.by_text = other.clock.start, other.attempts, other.by_text
+        self.own_request_id = self.request_id = other.own_request_id
+        if _unbound(self._options.limiter) is _unbound(other._options.limiter):
+            self._slot, self._has_slot = other._slot.pop_all(), other._has_slot
+        if self._options.breaker is other._options.breaker:
+            self._passage, other._passage = other._passage, None
+        else:
+            other.end_passage(other.outcome(error))
 
     def _request_key(self) -> str:
         request = self.request
@@ -6041,6 +7183,7 @@ class _Call:
         ask = self._ask
         data = None if ask.body is None else _json_body({**ask.body, **self._optional()})
         self.attempts += 1
+        self._was_asked = True
         where = _public_url(ask.url)
         _log.debug("request %s: %s %s, attempt %d", self.own_request_id, ask.method, where, self.attempts)
         first = self._options.first_timeout
@@ -6072,6 +7215,8 @@ class _Call:
         headers = response.headers
         self.request_id = headers.get("x-request-id") or headers.get("request-id") or self.own_request_id
         _log.debug("request %s: status %d", self.own_request_id, response.status_code)
+        if isinstance(self._options.limiter, (Limiter, _BoundLimiter)):
+            self._options.limiter.heed(headers, response.status_code)
         self._answered_at = time.monotonic()
         if response.status_code == 204:
             raise InvalidStreamError(
@@ -6253,10 +7398,26 @@ class _Call:
             for chunk in self._journal.chunks if self._journal is not None else ():
                 self.clock.note(chunk, time.monotonic())
                 yield chunk
-            yield from itertools.chain(first, new)
+            if self._alignment is None:
+                yield from itertools.chain(first, new)
+            else:
+                yield from self._counted(itertools.chain(first, new), self._alignment)
             self.answer.complete = True
+            self.end_passage(True if self._was_asked else None)
         finally:
             self.close()
+
+    def _counted(self, chunks: Iterator[Chunk], alignment: _Alignment) -> Iterator[Chunk]:
+        """The same chunks, whose tokens are counted"""
+        for chunk in chunks:
+            yield chunk
+            alignment.note(self.answer, self.clock.chunks)
+        self._align(alignment)
+
+    def _align(self, alignment: _Alignment, cut: bool = False) -> None:
+        self._alignment = None
+        self.answer.usage = alignment.aligned(self.answer, self._plan.dialect.choices, cut)
+        self.usages[-1:] = [self.answer.usage]
 
     def _new_chunks(self) -> Iterator[Chunk]:
         chunks = _resumed(self._plan, self._read, self.resume)
@@ -6428,12 +7589,20 @@ class _Call:
             self.response.close()
         if self._journal is not None:
             self._journal.close()
+        self._slot.close()
+        if self._alignment is not None and self.answer.given:
+            self._align(self._alignment, cut=True)
         if self._owned:
             self._via.close()
 
     @property
     def model(self) -> str:
         return self.answer.model or self.request.model
+
+    def cost_of(self, usage: Usage | None) -> Decimal | None:
+        prices = self._options.prices or {}
+        price = prices.get(self.model) or prices.get(self.request.model)
+        return cost(usage, price, model=self.model, provider=self._target.provider)
 
 
 def _new_request_id() -> str:
@@ -6464,6 +7633,27 @@ def _refused_with_200(error: StreamError) -> InvalidStreamError:
     )
 
 
+class _Spare(NamedTuple):
+    """A call in the place of one that got no answer"""
+
+    call: _Call
+    #: whether to make it after this error
+    stands_in_for: Callable[[SheepError], bool]
+
+
+def _may_go_elsewhere(error: SheepError) -> bool:
+    """Whether another provider may do what one could not"""
+    return error.retryable or isinstance(error, (CircuitOpenError, QueueFullError, QueueTimeoutError, QuotaError))
+
+
+def _may_do_without_stream(error: SheepError) -> bool:
+    """Whether an answer may be had in one piece where a stream was not"""
+    if isinstance(error, InvalidRequestError):
+        said = _reported_error(_json(getattr(error.response, "content", b"") or b""), certain=True)
+        return said is not None and re.search(r"(?i)\bstream(ed|ing|s)?\b", said.message) is not None
+    return isinstance(error, (InvalidStreamError, StreamError, StreamInterrupted, StreamTimeout))
+
+
 _NOTHING = _Run.of([], Chunk(), Chunk(), list)
 
 
@@ -6476,12 +7666,15 @@ class Stream:
     or made whole, with all that came in its ``partial``. Belongs to one thread, but for ``cancel`` and ``close``.
     """
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Call, spares: Iterable[_Spare] = ()) -> None:
         self._call = call
+        self._spares = list(spares)
         self._chunks: Iterator[Chunk] | None = None
         self._run = _NOTHING  # what came last, when that was texts alone
         self._noting = threading.RLock()  # for those who look at it from another thread, or from a signal handler
         self._ended = False
+        self._gave = False  # a piece of the answer
+        self._ending = ""  # why it was ended from outside
         self._busy = threading.Lock()  # held by the thread that reads
 
     def __iter__(self) -> Stream:
@@ -6522,7 +7715,7 @@ class Stream:
             chunk = run.chunks()[-len(run.left)]
             run.left.pop()
             return chunk
-        came = None if self._ended else next(self._open(), None)
+        came = None if self._ended else self._came()
         if isinstance(came, _Run):
             self._run = came
         self._ended = came is None
@@ -6536,11 +7729,51 @@ class Stream:
                 self._call.given(texts, usage)
         return self._call
 
+    def _came(self) -> Chunk | None:
+        """What comes next; from a spare, where nothing came yet and nothing will"""
+        while True:
+            chunks = self._open()
+            try:
+                came = next(chunks, None)
+            except SheepError as error:
+                if not self._took_a_spare(error):
+                    raise
+            else:
+                self._gave = self._gave or (came is not None and (isinstance(came, _Run) or _says(came)))
+                return came
+
+    def _took_a_spare(self, error: SheepError) -> bool:
+        failed = self._call
+        while self._spares and not (self._gave or failed.is_over or failed.goes_on_from_elsewhere):
+            spare = self._spares.pop(0)
+            if not spare.stands_in_for(error) or not spare.call.may_follow(failed, error):
+                continue
+            _log.info("request %s: %s, another is asked: %s", failed.own_request_id, error.code, error)
+            spare.call.follow(failed, error)
+            self._call, self._chunks = spare.call, None
+            failed.close()
+            failed.end_passage(None)
+            if self._ending:  # meanwhile
+                spare.call.wire.end(self._ending)
+            return True
+        return False
+
     def _open(self) -> Iterator[Chunk]:
-        if self._chunks is None:
-            self._call.start()
-            self._chunks = self._call.chunks()
+        if self._chunks is None and self._spares:
+            self._prefer_kept()
+        while self._chunks is None:
+            try:
+                self._call.start()
+                self._chunks = self._call.chunks()
+            except SheepError as error:
+                if not self._took_a_spare(error):
+                    raise
         return self._chunks
+
+    def _prefer_kept(self) -> None:
+        """An answer that is in a file already is given from there, whoever gave it"""
+        calls = [self._call, *(spare.call for spare in self._spares)]
+        self._call = next((call for call in calls if call.is_kept), self._call)
 
     def _as_reader(self, step: Callable[[], _T | None]) -> _T | None:
         """Takes a step of reading; whatever ends it lets go of the connection"""
@@ -6555,6 +7788,7 @@ class Stream:
             self._finish()
             return None
         except SheepError as error:
+            self._call.end_passage(self._call.outcome(error))
             if isinstance(error, StreamCancelled) or self._call.is_late:
                 self._call.give_up()
             self._finish()
@@ -6580,7 +7814,8 @@ class Stream:
 
     def close(self) -> None:
         """Ends the stream quietly, and lets go of its connection; from any thread, and again"""
-        self._call.wire.end("closed")
+        self._ending = self._ending or "closed"
+        self._call.wire.end(self._ending)
         if self._busy.acquire(blocking=False):  # else the reader's thread wakes, and closes
             try:
                 if not self._ended:
@@ -6594,7 +7829,10 @@ class Stream:
         self._chunks = None
         self._informed_call()
         self._run = _NOTHING
+        for spare in self._spares:
+            spare.call.close()
         self._call.close()
+        self._call.end_passage(None)
 
     def cancel(self) -> None:
         """Ends the stream, from any thread and at any time: its reader gets StreamCancelled
@@ -6602,7 +7840,8 @@ class Stream:
         At once while it waits for headers or for bytes, or between two tries; while it connects, within the
         connect time-out. With a ``session=`` of your own a wait for headers ends only with the headers.
         """
-        self._call.wire.end("cancelled")
+        self._ending = self._ending or "cancelled"
+        self._call.wire.end(self._ending)
 
     @property
     def text(self) -> str:
@@ -6631,8 +7870,8 @@ class Stream:
 
     @property
     def cost(self) -> Decimal | None:
-        """What the provider says it charged, None where it does not"""
-        return None if self.usage is None else self.usage.cost
+        """What the usage costs, as the function ``cost`` finds it, with the client's prices; None where nobody knows"""
+        return self._call.cost_of(self.usage)
 
     @property
     def model(self) -> str:
@@ -6680,7 +7919,9 @@ class Client:
 
     ``timeout`` is (connect, without a byte), ``first_timeout`` and ``idle_timeout`` are for the first Chunk and
     between two, which keep-alive comments do not count for; all in seconds, None for no limit. ``retry`` is a
-    Retry or a number of retries. ``headers`` are sent with each request. ``session`` may be any object shaped
+    Retry or a number of retries. ``limiter``, a Limiter, what its ``bind()`` gives or any object whose ``acquire()``
+    gives a context manager, holds a slot for each stream; ``breaker`` is a CircuitBreaker; ``prices`` are Prices by
+    model, for ``Stream.cost``. ``headers`` are sent with each request. ``session`` may be any object shaped
     like a requests.Session: it keeps its adapters, and their retries come on top of ``retry``; ``cancel()`` and
     the limits then reach a read, but not a wait for headers, nor bytes that trickle inside a chunk's size.
     ``format`` ("sse" or "json") overrides what the answer's Content-Type says, ``max_event_size`` is in bytes.
@@ -6701,6 +7942,9 @@ class Client:
         timeout: float | tuple[float | None, float | None] | None = (10, 300),
         first_timeout: float | None = 600,
         idle_timeout: float | None = 300,
+        limiter: Limiter | _BoundLimiter | Any = None,
+        breaker: CircuitBreaker | None = None,
+        prices: Mapping[str, Price] | None = None,
         session: requests.Session | None = None,
         headers: Mapping[str, str] | None = None,
         format: str | None = None,
@@ -6717,7 +7961,13 @@ class Client:
         self._api_key = api_key
         self._dialect = None if dialect is None else _dialect(dialect)
         self._options = _CallOptions(Retry(), _as_pair(timeout), first_timeout, idle_timeout, _Hidden(), None, 0).but(
-            retry=retry, headers=headers, format=format, max_event_size=max_event_size
+            retry=retry,
+            headers=headers,
+            format=format,
+            max_event_size=max_event_size,
+            limiter=limiter,
+            breaker=breaker,
+            prices=prices,
         )
         self._session = session
         self._own_session: requests.Session | None = None
@@ -6749,13 +7999,15 @@ class Client:
         refresh: bool = False,
         resume: str | Sequence[str] = "auto",
         resume_from: SheepError | ResumePoint | Mapping[str, Any] | Sequence[Any] | None = None,
+        fallback: bool = False,
+        alignment: TokenAlignment | None = None,
         deadline: float | None = None,
         on_retry: Callable[[SheepError, int, float], object] | None = None,
         **params: Any,
     ) -> Stream:
         """The answer to ``messages`` as a Stream; see ``sheepsse.stream``"""
-        terms = _Terms(True, deadline, on_retry, checkpoint, refresh, resume, resume_from)
-        return Stream(self._call(messages, model, params, terms))
+        terms = _Terms(True, deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
+        return _stream_of([self], messages, model, params, terms, fallback)
 
     def complete(
         self,
@@ -6764,13 +8016,14 @@ class Client:
         model: str | None = None,
         checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
         refresh: bool = False,
+        alignment: TokenAlignment | None = None,
         deadline: float | None = None,
         on_retry: Callable[[SheepError, int, float], object] | None = None,
         **params: Any,
     ) -> Completion:
         """The answer to ``messages``, whole; see ``sheepsse.complete``"""
-        terms = _Terms(False, deadline, on_retry, checkpoint, refresh)
-        return _completed(self._call(messages, model, params, terms))
+        terms = _Terms(False, deadline, on_retry, checkpoint, refresh, alignment=alignment)
+        return _completed(_stream_of([self], messages, model, params, terms))
 
     def _call(
         self, messages: Any, model: str | None, params: dict[str, Any], terms: _Terms, owned: bool = False
@@ -6808,7 +8061,7 @@ class Client:
         key = self._key(row, base_url, headers)
         key_headers = {**(dialect.key_headers(key) if key else {}), **_key_headers(headers)}
         check_url = dialect.endpoint(base_url, (row and row.check_path) or dialect.models_path)
-        return _Target(base_url, dialect, _Hidden(key_headers), check_url, row.continuation if row else "")
+        return _Target(name, base_url, dialect, _Hidden(key_headers), check_url, row.continuation if row else "")
 
     def _key(self, row: Provider | None, base_url: str, headers: Mapping[str, str]) -> str | None:
         if self._api_key is False or any(name.lower() in _KEY_STAND_INS for name in headers):
@@ -6878,15 +8131,16 @@ class Client:
 
 
 #: keywords of a Client that a single call may set for itself
-_CALL_OPTIONS = ("retry", "timeout", "first_timeout", "idle_timeout", "headers", "format", "max_event_size")
+_CALL_OPTIONS = (
+    *("retry", "timeout", "first_timeout", "idle_timeout", "headers", "format", "max_event_size"),
+    *("limiter", "breaker", "prices"),
+)
 #: keywords that make a Client of their own in stream() and complete()
 _CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session")
 #: keywords that the body must never see, and why they are refused
 _REFUSED_OPTIONS = {
     **dict.fromkeys(_CLIENT_OPTIONS, "belongs to the Client"),
-    **dict.fromkeys(("client", "resume", "resume_from"), "is no option here"),
-    **dict.fromkeys(("alignment", "breaker", "fallback"), "is not there yet"),
-    **dict.fromkeys(("limiter", "prices"), "is not there yet"),
+    **dict.fromkeys(("alignment", "client", "fallback", "resume", "resume_from"), "is no option here"),
 }
 
 
@@ -6926,11 +8180,13 @@ def stream(
     messages: str | Sequence[Mapping[str, Any]],
     *,
     model: str | None = None,
-    client: Client | None = None,
+    client: Client | Sequence[Client] | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
     refresh: bool = False,
     resume: str | Sequence[str] = "auto",
     resume_from: SheepError | ResumePoint | Mapping[str, Any] | Sequence[Any] | None = None,
+    fallback: bool = False,
+    alignment: TokenAlignment | None = None,
     deadline: float | None = None,
     on_retry: Callable[[SheepError, int, float], object] | None = None,
     **params: Any,
@@ -6942,8 +8198,12 @@ def stream(
 
     ``params`` go into the request's body as they are (``temperature``, ``max_tokens``, ``tools``, ...), those in
     ``extra_body`` too; keywords of Client make one that closes with the stream, and ``retry``, ``timeout``,
-    ``first_timeout``, ``idle_timeout``, ``headers``, ``format`` and ``max_event_size`` beside a ``client`` count
-    for this call. Without a ``client`` the environment says who is asked.
+    ``first_timeout``, ``idle_timeout``, ``limiter``, ``breaker``, ``prices``, ``headers``, ``format`` and
+    ``max_event_size`` beside a ``client`` count for this call. Without a ``client`` the environment says who is asked.
+
+    Of several clients in a list the next one is asked, with its own model, where one is down, refuses for a limit, a
+    quota or an open breaker, and has given nothing yet. ``fallback`` asks at last without streaming where there is no
+    stream: the text then comes in one piece. ``alignment`` is a TokenAlignment.
 
     ``deadline`` is in seconds for the whole call. ``on_retry(error, attempt, delay)`` replaces the policy's.
 
@@ -6963,36 +8223,70 @@ def stream(
     AuthenticationError for a missing or placeholder key and InvalidRequestError for a missing model are raised
     here, all else when the Stream is read; CheckpointError where a checkpoint cannot be used.
     """
-    terms = _Terms(True, deadline, on_retry, checkpoint, refresh, resume, resume_from)
-    return Stream(_called(messages, model, client, params, terms))
+    terms = _Terms(True, deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
+    return _streamed(messages, model, client, params, terms, fallback)
 
 
 def complete(
     messages: str | Sequence[Mapping[str, Any]],
     *,
     model: str | None = None,
-    client: Client | None = None,
+    client: Client | Sequence[Client] | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
     refresh: bool = False,
+    alignment: TokenAlignment | None = None,
     deadline: float | None = None,
     on_retry: Callable[[SheepError, int, float], object] | None = None,
     **params: Any,
 ) -> Completion:
     """The same request, not streamed: the whole answer, or the error that ``stream`` would raise"""
-    terms = _Terms(False, deadline, on_retry, checkpoint, refresh)
-    return _completed(_called(messages, model, client, params, terms))
+    terms = _Terms(False, deadline, on_retry, checkpoint, refresh, alignment=alignment)
+    return _completed(_streamed(messages, model, client, params, terms))
 
 
-def _called(messages: Any, model: str | None, client: Client | None, params: dict[str, Any], terms: _Terms) -> _Call:
-    """The call of stream() and complete(), by a client given, made of their keywords, or of the environment"""
+def _streamed(
+    messages: Any,
+    model: str | None,
+    client: Client | Sequence[Client] | None,
+    params: dict[str, Any],
+    terms: _Terms,
+    fallback: bool = False,
+) -> Stream:
+    """What stream() and complete() read: by the clients given, by one made of their keywords, or the environment's"""
     own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
-    asked = client or (Client(**own) if own else _Default.client())
     owned = bool(own) and "session" not in own
-    return asked._call(messages, model, params, terms, owned)
+    if client is None:
+        client = Client(**own) if own else _Default.client()
+    clients = [client] if isinstance(client, Client) else list(client)
+    return _stream_of(clients, messages, model, params, terms, fallback, owned)
 
 
-def _completed(call: _Call) -> Completion:
-    answer = Stream(call)
+def _stream_of(
+    clients: Sequence[Client],
+    messages: Any,
+    model: str | None,
+    params: dict[str, Any],
+    terms: _Terms,
+    fallback: bool = False,
+    owned: bool = False,
+) -> Stream:
+    """A Stream by the first of the clients that gives one; with ``fallback``, at last, of an answer in one piece"""
+    if not clients:
+        raise ValueError("client= is a Client, or a list of one or more")
+    messages = _messages(messages)
+    several = len(clients) > 1
+    calls = [
+        client._call(messages, (several and client.model) or model, {**params}, terms, owned) for client in clients
+    ]
+    spares = [_Spare(call, _may_go_elsewhere) for call in calls[1:]]
+    if fallback:
+        whole = terms._replace(stream=False)
+        last = clients[-1]._call(messages, (several and clients[-1].model) or model, {**params}, whole, owned)
+        spares.append(_Spare(last, _may_do_without_stream))
+    return Stream(calls[0], spares)
+
+
+def _completed(answer: Stream) -> Completion:
     for _ in answer.chunks():
         pass
     return answer.completion

@@ -1955,8 +1955,8 @@ class LocalProvider:
     def __init__(
         self, *answers: Answer, port: int = 0, ssl_context: ssl.SSLContext | None = None, key: str | None = None
     ) -> None:
-        #: How a request is answered when no answer is queued.
-        self.default = Answer()
+        #: How a request is answered when no answer is queued; or a function that says how, which must not wait.
+        self.default: Answer | Callable[[Request], Answer] = Answer()
         #: Every request, in order of arrival, also those refused; as a list it may be cleared.
         self.requests: list[Request] = []
         #: When each write of a body began, by `time.perf_counter()`; as a list it may be cleared.
@@ -2085,6 +2085,8 @@ class LocalProvider:
         if self._key is not None and key != self._key:
             return route_of(request).dialect.unauthorized(key)
         answer = self._queue.popleft() if self._queue else self.default
+        if not isinstance(answer, Answer):
+            answer = answer(request)
         try:
             return overridden(answer, request.headers.get("X-Local-Answer"))
         except (TypeError, ValueError) as error:

@@ -118,16 +118,6 @@ def test_an_option_that_is_none_is_no_option_and_not_sent(server, client, option
     assert set(server.requests[0].json) == {"model", "messages", "stream"}
 
 
-@pytest.mark.parametrize(
-    "option",
-    ["alignment", "breaker", "fallback", "limiter", "prices"],
-)
-def test_an_option_that_is_to_come_is_an_error(server, client, option):
-    with pytest.raises(TypeError, match=f"{option}= is not there yet"):
-        client.stream("Go", **{option: "x"})
-    assert server.requests == []
-
-
 def test_complete_takes_no_resume_and_a_client_no_client(server, client):
     for call in (
         lambda: client.complete("Go", resume="never"),

@@ -291,6 +291,11 @@ KINDS = {
     sheepsse.StreamInterrupted: ("CONNECTION_LOST", True),
     sheepsse.StreamCancelled: ("CANCELLED", False),
     sheepsse.CheckpointError: ("CHECKPOINT_ERROR", False),
+    sheepsse.CircuitOpenError: ("CIRCUIT_OPEN", False),
+    sheepsse.QueueFullError: ("QUEUE_FULL", False),
+    sheepsse.QueueTimeoutError: ("QUEUE_TIMEOUT", False),
+    sheepsse.TokenMismatchError: ("TOKEN_MISMATCH_ERROR", False),
+    sheepsse.MissingExtraError: ("MISSING_EXTRA_ERROR", False),
 }
 #: a value for everything that an error can be given
 GIVEN = {
