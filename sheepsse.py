@@ -26,6 +26,7 @@ The file is read from top to bottom; a section uses only those above it:
     9  Resume          the same chunks across lost connections
     10 Checkpoints     an append-only journal of chunks, which survives a kill
     11 Client          the sections above put together; the only one that opens sockets to a model
+    12 Batch           many requests, results as they come, on threads or any executor
     14 Command line    ``python -m sheepsse "prompt"``
 """
 
@@ -57,6 +58,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Container,
     ContextManager,
     Dict,
     Generator,
@@ -90,6 +92,8 @@ __all__ = [
     "RETRYABLE_STATUS",
     "AlignmentReport",
     "AuthenticationError",
+    "Batch",
+    "BatchSummary",
     "CheckpointError",
     "Checkpoints",
     "Chunk",
@@ -114,6 +118,7 @@ __all__ = [
     "QuotaError",
     "RateLimitError",
     "ResumePoint",
+    "Result",
     "Retry",
     "SSEClient",
     "SSEDecoder",
@@ -132,6 +137,7 @@ __all__ = [
     "TokenMismatchError",
     "ToolCall",
     "Usage",
+    "batch",
     "collect",
     "compare_costs",
     "complete",
@@ -7984,6 +7990,17 @@ class Client:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For workers of other processes: all but the key, the limiter and the breaker; TypeError where it has a key"""
+        own = isinstance(self._api_key, str), self._session is not None, bool(_secrets_in(self._options, self.base_url))
+        if any(own):
+            raise TypeError(
+                "a Client with a key or a session of its own is not sent to other processes, which would take the key "
+                "along: leave api_key= out, and set the provider's variable where they run"
+            )
+        options = self._options._replace(limiter=None, breaker=None)
+        return _client_of, (self.provider, self.base_url, self._api_key, self._dialect, self.model, options)
+
     def close(self) -> None:
         """Closes the idle connections, unless the session is the caller's own"""
         with self._lock:
@@ -8128,6 +8145,24 @@ class Client:
                 f"expected JSON from {_public_url(url)}, got {_excerpt(body)}; is the base URL that of the API?"
             )
         return answer
+
+
+def _secrets_in(options: _CallOptions, base_url: str | None) -> list[str]:
+    """The keys that a client was given in headers or in its address"""
+    return _Secrets(options.headers, base_url or "")._words
+
+
+def _client_of(
+    provider: str | None,
+    base_url: str | None,
+    api_key: bool | None,
+    dialect: type[Dialect] | None,
+    model: str | None,
+    options: _CallOptions,
+) -> Client:
+    made = Client(provider, base_url=base_url, api_key=api_key, dialect=dialect, model=model)
+    made._options = options
+    return made
 
 
 #: keywords of a Client that a single call may set for itself
@@ -8293,27 +8328,554 @@ def _completed(answer: Stream) -> Completion:
 
 
 # ============================================================================================================
+# 12. Batch: many requests, results as they come. May use: Client and above
+# ============================================================================================================
+
+
+class Result(NamedTuple):
+    """What became of one request of a batch"""
+
+    #: the request's own id, else its index, which counts from 0
+    id: Any
+    index: int  # type: ignore[assignment]
+    #: what came, all of it where there is no error
+    text: str = ""
+    completion: Completion = Completion()
+    usage: Usage | None = None
+    cost: Decimal | None = None
+    #: seconds from its beginning to its end, and to its first text
+    elapsed: float = 0.0
+    ttft: float | None = None
+    attempts: int = 0
+    error: Exception | None = None
+    #: whether it was answered from its checkpoint
+    cached: bool = False
+
+
+class BatchSummary(NamedTuple):
+    """A batch so far; None where there is nothing to say it of, which is shown as a dash"""
+
+    total: int
+    succeeded: int
+    failed: int
+    cached: int
+    #: seconds since the first request was drawn, and requests a second
+    elapsed: float
+    rate: float | None
+    #: of the requests whose usage, and whose cost, is known
+    input_tokens: int
+    output_tokens: int
+    cost: Decimal | None
+    #: seconds to the first text, and to the end: half of all, 90 and 99 of 100 took no longer; of those that succeeded
+    ttft: tuple[float, float, float] | None
+    duration: tuple[float, float, float] | None
+
+    def __str__(self) -> str:
+        rate = "-" if self.rate is None else f"{self.rate:.2f}"
+        spent = "-" if self.cost is None else f"{self.cost:f}"
+        lines = [
+            f"requests   {self.total}: {self.succeeded} succeeded ({self.cached} were kept), {self.failed} failed",
+            f"time       {self.elapsed:.1f} s, {rate} requests a second",
+            f"tokens     {self.input_tokens} in, {self.output_tokens} out, cost {spent}",
+        ]
+        for name, values in (("first text", self.ttft), ("whole", self.duration)):
+            shown = ["-"] * 3 if values is None else [f"{value:.2f} s" for value in values]
+            lines.append(f"{name:<10} p50 {shown[0]}, p90 {shown[1]}, p99 {shown[2]}")
+        return "\n".join(lines)
+
+
+class _Sample:
+    """Percentiles of any number of values, of which it keeps a random part"""
+
+    _MOST = 10_000
+
+    def __init__(self) -> None:
+        self._kept: list[float] = []
+        self._count = 0
+        self._random = random.Random(0)
+
+    def add(self, value: float) -> None:
+        self._count += 1
+        if len(self._kept) < self._MOST:
+            self._kept.append(value)
+        else:
+            place = self._random.randrange(self._count)
+            if place < self._MOST:
+                self._kept[place] = value
+
+    def percentiles(self) -> tuple[float, float, float] | None:
+        """p50, p90 and p99"""
+        values = sorted(self._kept)
+        if not values:
+            return None
+        p50, p90, p99 = (values[max(0, math.ceil(len(values) * part) - 1)] for part in (0.5, 0.9, 0.99))
+        return p50, p90, p99
+
+
+class _Job(NamedTuple):
+    """One request of a batch, as plain data"""
+
+    id: Any
+    index: int  # type: ignore[assignment]
+    messages: Any
+    params: dict[str, Any]
+    checkpoint: Any = None
+
+
+def _job(request: Any, index: int, params: Mapping[str, Any], folder: str | None) -> _Job:
+    """A str, a list of messages, or a dict with ``messages``, any params and perhaps an ``id``"""
+    own = dict(request) if isinstance(request, Mapping) else {"messages": request}
+    messages, id = own.pop("messages", None), own.pop("id", None)
+    id = index if id is None else id
+    checkpoint = None if folder is None else _Checkpoint(folder, copy=repr(id))
+    return _Job(id, index, messages, {**params, **own}, checkpoint)
+
+
+def _result(job: _Job, ask: Callable[..., Stream]) -> Result:
+    """Reads one answer; whatever goes wrong is in the result"""
+    start, answer, error = time.monotonic(), None, None
+    try:
+        if job.messages is None:
+            raise TypeError("a request of a batch is a str, a list of messages, or a dict with 'messages'")
+        if {"checkpoint", "client"} & set(job.params):
+            raise TypeError("checkpoint= and client= are the batch's, and no options of a single request")
+        answer = ask(job.messages, checkpoint=job.checkpoint, **job.params)
+        for _ in answer.chunks():
+            pass
+    except Exception as failure:
+        error = failure
+    elapsed = time.monotonic() - start
+    if answer is None:
+        return Result(job.id, job.index, elapsed=elapsed, error=error)
+    came, stats, spent = answer.completion, answer.stats, None
+    try:
+        spent = answer.cost
+    except (ArithmeticError, ValueError) as failure:  # of a price that is none
+        error = error or failure
+    return Result(
+        job.id,
+        job.index,
+        came.text,
+        came,
+        came.usage,
+        spent,
+        elapsed,
+        stats.ttft,
+        stats.attempts,
+        error,
+        stats.cached,
+    )
+
+
+@functools.lru_cache(8)  # so that a worker process keeps its connections
+def _unpickled(clients: bytes) -> list[Client]:
+    import pickle
+
+    made: list[Client] = pickle.loads(clients)
+    return made
+
+
+def _work(clients: bytes, job: _Job) -> Result:
+    """Reads one answer in another process; the key is read there"""
+    return _result(job, functools.partial(stream, client=_unpickled(clients)))
+
+
+#: seconds for which a batch draws requests while there is a result to give
+_PATIENCE = 0.01
+
+
+class Batch:
+    """The results of many requests: an iterator of Result, as they are completed or in the order of the requests
+
+    Iterable once; a context manager. ``close()`` ends it: what runs is cancelled, what was given stays. Belongs to one
+    thread, but for ``close()``.
+    """
+
+    def __init__(
+        self,
+        jobs: Iterator[_Job],
+        run: _Threads | _Processes,
+        in_flight: int,
+        ordered: bool,
+        progress: Callable[[Result], object],
+        owned: Sequence[Client],
+    ) -> None:
+        self._reading = threading.Lock()  # held by the thread that reads
+        self._closed = False
+        self._end: float | None = None
+        self._failure: Exception | None = None  # of the requests' iterator
+        self._jobs: Iterator[_Job] | None = jobs
+        self._run = run
+        self._in_flight = in_flight
+        self._ordered = ordered
+        self._progress = progress
+        self._owned = owned  # clients that end with it
+        self._running: dict[Any, _Job] = {}
+        self._ready: dict[int, Result] = {}  # by index: those that were not given yet
+        self._next = 0  # the index that is given next, where they are given in order
+        self._start: float | None = None
+        self._counts = dict.fromkeys(("total", "succeeded", "failed", "cached", "input_tokens", "output_tokens"), 0)
+        self._cost: Decimal | None = None
+        self._ttft, self._duration = _Sample(), _Sample()
+
+    def __iter__(self) -> Batch:
+        return self
+
+    def __next__(self) -> Result:
+        if not self._reading.acquire(blocking=False):
+            raise RuntimeError("a Batch belongs to one thread; only close() may come from others")
+        try:
+            return self._step()
+        except BaseException:
+            self._finish()
+            raise
+        finally:
+            self._reading.release()
+
+    def _step(self) -> Result:
+        began = time.monotonic()
+        while True:
+            self._collect(wait=False)
+            index: Any = self._next if self._ordered else next(iter(self._ready), None)
+            is_ready = index in self._ready
+            # what is ready does not wait for requests that are long in coming
+            if self._has_room and not (is_ready and time.monotonic() - began > _PATIENCE):
+                self._draw()
+            elif is_ready:
+                self._next += 1
+                return self._ready.pop(index)
+            elif self._running:
+                self._collect(wait=True)
+            else:
+                if self._failure is not None:
+                    raise self._failure
+                raise StopIteration
+
+    @property
+    def _has_room(self) -> bool:
+        return self._jobs is not None and not self._closed and len(self._running) + len(self._ready) < self._in_flight
+
+    def _draw(self) -> None:
+        """Draws one more request"""
+        assert self._jobs is not None
+        if self._start is None:
+            self._start = time.monotonic()
+        try:
+            job = next(self._jobs, None)
+        except Exception as error:  # which is raised when all that is done was given
+            self._failure, job = error, None
+        if job is None:
+            self._jobs = None
+        elif not self._closed:
+            self._running[self._run.submit(job)] = job
+
+    def _collect(self, wait: bool) -> None:
+        """Takes the results that are there, or waits for one"""
+        import concurrent.futures
+
+        timeout = None if wait else 0
+        done, _ = concurrent.futures.wait(self._running, timeout, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            self._take(future)
+
+    def _take(self, future: Any) -> None:
+        job = self._running.pop(future)
+        if future.cancelled() and self._closed:  # before it began
+            return
+        try:
+            result: Result = future.result()
+        except Exception as error:  # of the executor: a worker that died, another who cancels
+            result = Result(job.id, job.index, error=error)
+        if self._closed and isinstance(result.error, StreamCancelled):
+            return
+        self._ready[result.index] = result
+        self._count(result)
+        self._progress(result)
+
+    def _count(self, result: Result) -> None:
+        counts = self._counts
+        counts["total"] += 1
+        counts["failed" if result.error else "succeeded"] += 1
+        counts["cached"] += result.cached
+        if result.usage is not None:
+            counts["input_tokens"] += result.usage.input_tokens
+            counts["output_tokens"] += result.usage.output_tokens
+        if result.cost is not None:
+            self._cost = result.cost if self._cost is None else self._cost + result.cost
+        if result.error is None and not result.cached:
+            self._duration.add(result.elapsed)
+            if result.ttft is not None:
+                self._ttft.add(result.ttft)
+
+    @property
+    def summary(self) -> BatchSummary:
+        """What the results say together so far"""
+        elapsed = 0.0 if self._start is None else (self._end or time.monotonic()) - self._start
+        return BatchSummary(
+            elapsed=elapsed,
+            rate=self._counts["total"] / elapsed if elapsed and self._counts["total"] else None,
+            cost=self._cost,
+            ttft=self._ttft.percentiles(),
+            duration=self._duration.percentiles(),
+            **self._counts,
+        )
+
+    def close(self) -> None:
+        """Ends it: no more is drawn, what runs is cancelled, what is done may still be read; may be called again"""
+        self._closed = True
+        for future in list(self._running):
+            future.cancel()
+        self._run.cancel()
+        if self._reading.acquire(blocking=False):  # else its reader does it
+            try:
+                self._finish()
+            finally:
+                self._reading.release()
+
+    def _finish(self) -> None:
+        if self._end is None:
+            self._closed, self._jobs, self._end = True, None, time.monotonic()
+            for future in list(self._running):
+                future.cancel()
+            self._run.close()
+            for client in self._owned:
+                client.close()
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Threads:
+    """Where the requests of a batch are made: on threads of this process, those of an executor or its own"""
+
+    def __init__(self, ask: Callable[..., Stream], workers: int, executor: Any) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._ask = ask
+        self._own = None if executor is not None else ThreadPoolExecutor(workers, "sheepsse-batch")
+        self._executor: Any = self._own if executor is None else executor
+        self._lock = threading.Lock()
+        self._open: set[Stream] = set()
+        self._closed = False
+
+    def submit(self, job: _Job) -> Any:
+        """A future of its Result"""
+        try:
+            return self._executor.submit(self._result, job)
+        except RuntimeError as error:  # of an executor that was shut down
+            return _failed_future(job, error)
+
+    def _result(self, job: _Job) -> Result:
+        opened: list[Stream] = []
+
+        def ask(*args: Any, **params: Any) -> Stream:
+            answer = self._ask(*args, **params)
+            opened.append(answer)
+            with self._lock:
+                self._open.add(answer)
+                if self._closed:
+                    answer.cancel()
+            return answer
+
+        try:
+            return _result(job, ask)
+        finally:
+            with self._lock:
+                self._open.difference_update(opened)
+
+    def cancel(self) -> None:
+        """Ends what runs"""
+        with self._lock:
+            self._closed = True
+            for answer in self._open:
+                answer.cancel()
+
+    def close(self) -> None:
+        self.cancel()
+        if self._own is not None:
+            self._own.shutdown()
+
+
+class _Processes:
+    """The same by any other executor, whose workers may be other processes: they get plain data, and no key
+
+    The limiter and the breaker act here, for those of other processes would know nothing of one another.
+    """
+
+    def __init__(self, clients: Sequence[Client], executor: Any, limiter: Any, breaker: CircuitBreaker | None) -> None:
+        import pickle
+
+        self._clients = pickle.dumps(list(clients))
+        self._executor, self._limiter, self._breaker = executor, limiter, breaker
+
+    def submit(self, job: _Job) -> Any:
+        held = contextlib.ExitStack()
+        try:
+            _check_keyless(job.params)
+            if self._limiter is not None:
+                held.enter_context(self._limiter.acquire())
+            passage = None if self._breaker is None else self._breaker.enter()
+            future = self._executor.submit(_work, self._clients, job)
+        except Exception as error:
+            held.close()
+            return _failed_future(job, error)
+
+        def done(future: Any) -> None:
+            held.close()
+            if passage is not None:
+                failure = None if future.cancelled() else future.exception() or future.result().error
+                passage.end(None if future.cancelled() else _was_success(failure))
+
+        future.add_done_callback(done)
+        return future
+
+    def cancel(self) -> None:
+        """Nothing: what runs in another process comes to its end there"""
+
+    def close(self) -> None:
+        pass
+
+
+def _failed_future(job: _Job, error: Exception) -> Any:
+    from concurrent.futures import Future
+
+    failed: Future[Result] = Future()
+    failed.set_result(Result(job.id, job.index, error=error))
+    return failed
+
+
+def batch(
+    requests: Iterable[Any],
+    *,
+    client: Client | Sequence[Client] | None = None,
+    workers: int = 5,
+    executor: Any = None,
+    ordered: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | Callable[[Result], object] | None = None,
+    **params: Any,
+) -> Batch:
+    """The answers to many requests, as Results: as they are completed, or in their order with ``ordered``
+
+        for result in sheepsse.batch(["Hello", "Good day"], model="deepseek-chat", workers=16):
+            print(result.id, result.error or result.text)
+
+    A request is a str, a list of messages, or a dict with ``messages``, perhaps an ``id``, and any options of
+    ``stream``; ``params`` are those of all of them. Requests are drawn as they can be made, so a generator may go on
+    for ever. One that fails gives a Result with its ``error``, and the others go on. Two with one id are a ValueError.
+
+    They are made on ``workers`` threads, or by an ``executor`` of concurrent.futures: threads, processes, loky, or a
+    Dask cluster by its ``get_executor(pure=False)``. To workers of other processes goes plain data and no key, which
+    they read of their own environment: a client with a key of its own, or a session, is then a TypeError before
+    anything is sent. The limiter and the breaker act here.
+
+    ``checkpoint`` is a folder that keeps each answer, by the request and its id, else its index: run again, the batch
+    asks only for what is missing. ``progress`` is called with each Result, or, if True, is a bar of tqdm. The iterator
+    has ``summary``, and ``close()``, which Ctrl-C calls too: what runs is cancelled, unless it runs in other processes,
+    and what is done stays done.
+    """
+    if isinstance(requests, (str, bytes, Mapping)):
+        raise TypeError("batch takes many requests: a list of them, or any other iterable")
+    if workers < 1:
+        raise ValueError(f"a batch has 1 worker or more, not {workers}")
+    total = None
+    if isinstance(requests, Sequence):
+        collections.deque(_with_new_ids(requests), 0)
+        total = len(requests)
+    told = _progress(progress, total)
+    own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
+    if client is None:
+        client = Client(**own) if own else _Default.client()
+    clients = [client] if isinstance(client, Client) else list(client)
+    if not clients:
+        raise ValueError("client= is a Client, or a list of one or more")
+    run = _runner(clients, workers, executor, params)
+    folder = None if checkpoint is None else os.fsdecode(checkpoint)
+    in_flight = 2 * (workers if executor is None else getattr(executor, "_max_workers", None) or 4 * workers)
+    return Batch(_jobs(requests, params, folder), run, in_flight, ordered, told, clients if own else ())
+
+
+def _runner(clients: Sequence[Client], workers: int, executor: Any, params: dict[str, Any]) -> _Threads | _Processes:
+    from concurrent.futures import ThreadPoolExecutor
+
+    if executor is None or isinstance(executor, ThreadPoolExecutor):
+        return _Threads(functools.partial(stream, client=clients), workers, executor)
+    _check_keyless(params)
+    options = clients[0]._options
+    if len(clients) > 1 and any(client._options.limiter or client._options.breaker for client in clients):
+        raise TypeError("several clients in other processes take no limiter and no breaker of their own")
+    limiter, breaker = params.pop("limiter", options.limiter), params.pop("breaker", options.breaker)
+    return _Processes(clients, executor, limiter, breaker)
+
+
+def _check_keyless(params: Mapping[str, Any]) -> None:
+    """Raises where the options of a request hold a key, which is not to be sent to other processes"""
+    if any(params.get(name) is not None for name in _CLIENT_OPTIONS) or _key_headers(params.get("headers") or {}):
+        raise TypeError(
+            "a key, or another option of a Client, is not sent to other processes: set the provider's variable"
+        )
+
+
+def _jobs(requests: Iterable[Any], params: Mapping[str, Any], folder: str | None) -> Iterator[_Job]:
+    for index, request in enumerate(_with_new_ids(requests)):
+        yield _job(request, index, params, folder)
+
+
+def _with_new_ids(requests: Iterable[Any]) -> Iterator[Any]:
+    """The same requests; ValueError at one whose id another has"""
+    seen: set[Any] = set()  # those that were given, not the indexes of all others
+    for index, request in enumerate(requests):
+        id = request.get("id") if isinstance(request, Mapping) else None
+        try:
+            known = (index if id is None else id) in seen
+        except TypeError:
+            raise ValueError(
+                f"the id of a request is a number or a str, or anything else that is hashable: {id!r}"
+            ) from None
+        if known:
+            raise ValueError(f"two requests have the id {index if id is None else id!r}")
+        if id is not None:
+            seen.add(id)
+        yield request
+
+
+def _progress(progress: bool | Callable[[Result], object] | None, total: int | None) -> Callable[[Result], object]:
+    if callable(progress):
+        return progress
+    if not progress:
+        return bool
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]  # an extra
+    except ImportError as error:
+        raise MissingExtraError("progress=True draws a bar by tqdm: pip install tqdm, or pass a function") from error
+    bar = tqdm(total=total, unit="request")
+    return lambda result: bar.update()
+
+
+# ============================================================================================================
 # 14. Command line: python -m sheepsse, python sheepsse.py, sheepsse. May use: all above
 # ============================================================================================================
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: streams the answer to a prompt to stdout, and gives the exit status
+    """The command: streams the answer to a prompt to stdout, or does what its first word says; gives the exit status
 
     0 the answer is whole, 1 it failed, 2 wrong usage, 3 interrupted with partial text on stdout, 130 Ctrl-C.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    try:
-        names = [name.strip() for name in options.resume.split(",")]
-        options.resume = names if len(names) > 1 else options.resume
-        _strategies(options.resume)
-    except ValueError as error:
-        parser.error(str(error))
+    words = list(sys.argv[1:] if argv is None else argv)
+    parse, run = _COMMANDS.get(words[0] if words else "", (_parser, _stream_command))
+    parser = parse()
+    options = parser.parse_args(words[1:] if words and words[0] in _COMMANDS else words)
     if hasattr(sys.stdout, "reconfigure"):  # half an emoji must not end an answer, nor a console's code page
         sys.stdout.reconfigure(errors="replace")
     try:
-        return _print_answer(_prompted(options), options)
+        return run(parser, options)
     except BrokenPipeError:
         # the reader, as head(1), has what it wanted; Python would complain when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -8325,6 +8887,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _stream_command(parser: Any, options: Any) -> int:
+    try:
+        names = [name.strip() for name in options.resume.split(",")]
+        options.resume = names if len(names) > 1 else options.resume
+        _strategies(options.resume)
+    except ValueError as error:
+        parser.error(str(error))
+    return _print_answer(_prompted(options), options)
 
 
 def _seconds(text: str) -> float:
@@ -8349,17 +8921,13 @@ def _parser() -> Any:
     parser = argparse.ArgumentParser(
         prog="sheepsse",
         description="Stream the answer of a language model to the terminal.",
-        epilog="The key is read from the provider's variable: "
-        + _key_variables()
+        epilog=f"Where the first word is {', '.join(_COMMANDS)}, it is a command: sheepsse batch --help. The key is "
+        + f"read from the provider's variable: {_key_variables()}"
         + ". Exit status: 0 whole, 1 failed, 2 wrong usage, 3 interrupted after partial text, 130 Ctrl-C.",
     )
     parser.add_argument("prompt", nargs="?", help="the prompt; from standard input where it is missing or -")
     parser.add_argument("-m", "--model", required=True, help="the model, as the provider names it")
-    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="who is asked (default: whose key is set)")
-    parser.add_argument("--base-url", metavar="URL", help="the address of any other OpenAI-compatible server")
-    key = parser.add_mutually_exclusive_group()
-    key.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the key of --base-url")
-    key.add_argument("--no-key", action="store_true", help="for a server that takes no key")
+    _add_provider(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with its type and time")
     parser.add_argument("--stats", action="store_true", help="times and counts to standard error, at the end")
@@ -8375,17 +8943,27 @@ def _parser() -> Any:
     return parser
 
 
+def _add_provider(parser: Any) -> None:
+    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="who is asked (default: whose key is set)")
+    parser.add_argument("--base-url", metavar="URL", help="the address of any other OpenAI-compatible server")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the key of --base-url")
+    key.add_argument("--no-key", action="store_true", help="for a server that takes no key")
+
+
+def _client_of_options(options: Any, **more: Any) -> Client:
+    """The client that a command line asks for; AuthenticationError where the variable that it names is empty"""
+    api_key = os.environ.get(options.key_variable) if options.key_variable else None
+    if options.key_variable and not api_key:
+        raise AuthenticationError(f"no API key in {options.key_variable}")
+    return Client(options.provider, base_url=options.base_url, api_key=False if options.no_key else api_key, **more)
+
+
 def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
     show = _JSONLines() if options.json else _PlainText()
     answer: Stream | None = None
-    api_key = os.environ.get(options.key_variable) if options.key_variable else None
-    if options.key_variable and not api_key:
-        print(f"sheepsse: no API key in {options.key_variable}", file=sys.stderr)
-        return 1
     try:
-        with Client(
-            options.provider, base_url=options.base_url, api_key=False if options.no_key else api_key
-        ) as client:
+        with _client_of_options(options) as client:
             answer = client.stream(
                 messages,
                 model=options.model,
@@ -8485,6 +9063,299 @@ def _stats_line(answer: Stream) -> str:
     if answer.continuity != "single":
         shown.append(answer.continuity)
     return ", ".join(shown)
+
+
+def _command_parser(name: str, description: str) -> Any:
+    import argparse
+
+    return argparse.ArgumentParser(prog=f"sheepsse {name}", description=description)
+
+
+def _count_argument(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+# sheepsse batch
+
+
+def _batch_parser() -> Any:
+    parser = _command_parser(
+        "batch",
+        "Answer many requests, and append the answers to a file as JSON lines. Run again, it asks only for what is not "
+        "there, or failed: of two lines with one id the later one counts. Each line of the input is a JSON string, or "
+        "an object with messages or prompt, perhaps an id (else it is the number of the line, from 0), and any options "
+        "of the request. Exit status: 0 all are answered, 1 some failed, 130 Ctrl-C.",
+    )
+    parser.add_argument("input", metavar="IN.jsonl", help="the requests; - is standard input")
+    parser.add_argument("-o", "--output", metavar="OUT.jsonl", required=True, help="where the answers go")
+    parser.add_argument("-m", "--model", help="the model, for requests that name none")
+    parser.add_argument("-w", "--workers", type=_count_argument, default=5, help="requests at once (default: 5)")
+    parser.add_argument("--checkpoint", metavar="DIR", help="keep what comes there too, to go on in mid-answer")
+    _add_provider(parser)
+    return parser
+
+
+def _batch_command(parser: Any, options: Any) -> int:
+    try:
+        with contextlib.ExitStack() as stack:
+            source = stack.enter_context(open(options.input, "rb")) if options.input != "-" else sys.stdin.buffer
+            output = stack.enter_context(_Answers(options.output))
+            client = stack.enter_context(_client_of_options(options, model=options.model))
+            requests = _requests_in(source, output.done)
+            progress = _shown_progress()
+            results = stack.enter_context(
+                batch(
+                    requests, client=client, workers=options.workers, checkpoint=options.checkpoint, progress=progress
+                )
+            )
+            kept = len(output.done)
+            try:
+                for result in results:
+                    output.append(result)
+            finally:
+                results.close()
+                for result in results:  # what was done when it ended
+                    output.append(result)
+                print(f"{results.summary}\nkept       {kept} answers from before", file=sys.stderr)
+            return 1 if results.summary.failed else 0
+    except (SheepError, OSError, ValueError) as error:
+        print(f"sheepsse: {error}", file=sys.stderr)
+        return 1
+
+
+def _shown_progress() -> bool:
+    """Whether a bar can be drawn, and somebody sees it"""
+    import importlib.util
+
+    return sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
+
+
+def _requests_in(source: Iterable[bytes], done: Container[Any]) -> Iterator[Any]:
+    """The requests in lines of JSON whose ids are not done"""
+    seen: set[Any] = set()
+    for number, line in enumerate(source):
+        if not line.strip():
+            continue
+        request = _json(line)
+        if isinstance(request, str):
+            request = {"messages": request}
+        if not isinstance(request, dict):
+            raise ValueError(f"line {number + 1} of the input is no request: {_excerpt(line)}")
+        if "prompt" in request:
+            request["messages"] = request.pop("prompt")
+        id = number if request.get("id") is None else request["id"]
+        if not isinstance(id, (int, str)) or id in seen:
+            raise ValueError(
+                f"line {number + 1} of the input has an id that another has, or that is no number or str: {id!r}"
+            )
+        seen.add(id)
+        if id not in done:
+            yield {**request, "id": id}
+
+
+#: how a line of an answer begins
+_ANSWER = b'{"id":'
+
+
+class _Answers:
+    """A file of answers, a line of JSON each, which is only appended to; one process at a time has it"""
+
+    def __init__(self, path: str) -> None:
+        file = _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        assert file is not None  # for it is made where there is none
+        self._file, self._path = file, path
+        #: the ids of those that are answered
+        self.done: set[Any] = set()
+        try:
+            file.truncate(self._read())
+        except BaseException:
+            file.close()
+            raise
+
+    def _read(self) -> int:
+        """Notes what is done, and gives the size of all whole lines: a kill may have torn the last one"""
+        size = 0
+        with open(self._path, "rb") as lines:
+            for line in lines:
+                answer = _json(line)
+                is_torn = not line.endswith(b"\n")
+                is_answer = isinstance(answer, dict) and {"id", "text"} <= set(answer)
+                if not (_ANSWER.startswith(line[: len(_ANSWER)]) if is_torn else is_answer):
+                    raise ValueError(f"{self._path} holds other things than answers: choose another file")
+                if not is_torn:
+                    (self.done.discard if answer.get("error") else self.done.add)(answer["id"])
+                    size += len(line)
+        return size
+
+    def append(self, result: Result) -> None:
+        came, error = result.completion, result.error
+        line = {
+            "id": result.id,
+            "text": result.text,
+            "reasoning": came.reasoning or None,
+            "tool_calls": [call._asdict() for call in came.tool_calls] or None,
+            "finish_reason": came.finish_reason,
+            "model": came.model,
+            "usage": _plain_usage(result.usage),
+            "cost": None if result.cost is None else str(result.cost),
+            "elapsed": round(result.elapsed, 3),
+            "attempts": result.attempts,
+            "error": None
+            if error is None
+            else {"type": type(error).__name__, "code": getattr(error, "code", None), "message": str(error)},
+        }
+        shown = {name: value for name, value in line.items() if value is not None}
+        _write_all(self._file, _to_json(shown).encode("utf-8", "replace") + b"\n")
+
+    def __enter__(self) -> _Answers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._file:
+            _unlock(self._file)
+
+
+# sheepsse check
+
+
+def _check_parser() -> Any:
+    parser = _command_parser("check", "Ask a provider whether it can be reached and takes the key. It costs nothing.")
+    parser.add_argument("--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="for all of it (default: 10)")
+    _add_provider(parser)
+    return parser
+
+
+def _check_command(parser: Any, options: Any) -> int:
+    try:
+        with _client_of_options(options) as client:
+            health = client.check(options.timeout)
+    except SheepError as error:
+        print(f"sheepsse: {error}", file=sys.stderr)
+        return 1
+    print(health.status, end="")
+    print("" if health.latency is None else f", answered in {health.latency:.2f} s", end="")
+    print(f", {len(health.models)} models" if health.models else "")
+    for model in health.models:
+        print(model)
+    if health.error:
+        print(f"sheepsse: {health.error}", file=sys.stderr)
+    return 0 if health.ok else 1
+
+
+# sheepsse cost
+
+
+def _cost_parser() -> Any:
+    parser = _command_parser(
+        "cost", "What so many tokens cost: by --price, else by the list prices of genai-prices, in US dollars."
+    )
+    parser.add_argument("-m", "--model", help="the model, as the provider names it")
+    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="who sets the price")
+    parser.add_argument("--input", type=int, default=0, metavar="N", help="tokens of input, cached ones included")
+    parser.add_argument("--output", type=int, default=0, metavar="N", help="tokens of output, reasoning included")
+    parser.add_argument("--cached", type=int, default=0, metavar="N", help="tokens of input that the cache had")
+    parser.add_argument("--price", nargs=2, metavar=("IN", "OUT"), help="for a million tokens of input and of output")
+    parser.add_argument("--cached-price", metavar="PRICE", help="for a million tokens that the cache had")
+    return parser
+
+
+def _cost_command(parser: Any, options: Any) -> int:
+    from decimal import DecimalException
+
+    usage = Usage(options.input, options.output, options.input + options.output, options.cached)
+    try:
+        price = Price(options.price[0], options.price[1], options.cached_price) if options.price else None
+        spent = cost(usage, price, model=options.model, provider=options.provider)
+    except (DecimalException, ValueError):
+        parser.error("a price is a number")
+    if spent is None:
+        known = "no price is known" + (f" for {options.model}" if options.model else "")
+        print(f"sheepsse: {known}: pass --price, or a --model and --provider that genai-prices knows", file=sys.stderr)
+        return 1
+    print(f"{spent.normalize():f}")
+    return 0
+
+
+# sheepsse bench
+
+
+def _bench_parser() -> Any:
+    parser = _command_parser(
+        "bench",
+        "Measure a provider: send one prompt many times, and show the time to the first text, to the end, and tokens a "
+        "second. Each request is billed.",
+    )
+    parser.add_argument("prompt", nargs="?", default="Count from 1 to 50.", help="(default: Count from 1 to 50.)")
+    parser.add_argument("-m", "--model", required=True, help="the model, as the provider names it")
+    parser.add_argument("-n", "--requests", type=_count_argument, default=10, help="how many in all (default: 10)")
+    parser.add_argument("-c", "--concurrency", type=_count_argument, default=2, help="how many at once (default: 2)")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw the times into this file (.png, .svg, .pdf; by matplotlib)"
+    )
+    _add_provider(parser)
+    return parser
+
+
+def _bench_command(parser: Any, options: Any) -> int:
+    if options.plot:
+        try:
+            import matplotlib.figure  # type: ignore[import-not-found,unused-ignore]  # an extra
+        except ImportError as error:
+            parser.error(f"--plot needs matplotlib: {error}")
+    try:
+        with _client_of_options(options, model=options.model, retry=0) as client:
+            prompts = [options.prompt] * options.requests
+            results = batch(prompts, client=client, workers=options.concurrency, progress=_shown_progress())
+            came = list(results)
+    except SheepError as error:
+        print(f"sheepsse: {error}", file=sys.stderr)
+        return 1
+    good = [result for result in came if result.error is None]
+    for error_text, count in collections.Counter(str(result.error) for result in came if result.error).items():
+        print(f"sheepsse: {count} failed: {error_text}", file=sys.stderr)
+    print(_bench_table(good, results.summary))
+    if options.plot and good:
+        times = [sorted(filter(None, (result.ttft for result in good))), sorted(result.elapsed for result in good)]
+        figure = matplotlib.figure.Figure()
+        axes = figure.subplots()
+        for values, label in zip(times, ("first text", "whole")):
+            axes.step(values, [100 * number / len(values) for number in range(1, len(values) + 1)], label=label)
+        axes.set(
+            xlabel="seconds", ylabel="per cent that took no longer", title=f"{options.model}, {len(good)} requests"
+        )
+        axes.legend()
+        figure.savefig(options.plot)
+    return 1 if len(good) < len(came) else 0
+
+
+def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
+    speeds, tokens = _Sample(), 0
+    for result in good:
+        count = 0 if result.usage is None else result.usage.output_tokens
+        tokens += count
+        if count and result.ttft is not None and result.elapsed > result.ttft:
+            speeds.add(count / (result.elapsed - result.ttft))
+    rows = [("first text, s", summary.ttft), ("whole, s", summary.duration), ("tokens a second", speeds.percentiles())]
+    lines = [f"{'':<18}{'p50':>9}{'p90':>9}{'p99':>9}"]
+    for name, values in rows:
+        shown = ["-"] * 3 if values is None else [f"{value:.2f}" for value in values]
+        lines.append(f"{name:<18}" + "".join(f"{value:>9}" for value in shown))
+    rate = "-" if summary.rate is None else f"{summary.rate:.2f}"
+    speed = f"{tokens / summary.elapsed:.0f}" if tokens and summary.elapsed else "-"
+    lines.append(f"{summary.succeeded} of {summary.total} answered, {rate} a second, {speed} tokens a second in all")
+    return "\n".join(lines)
+
+
+#: what the first word may say: how its options are read, and what it does
+_COMMANDS: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], int]]] = {
+    "batch": (_batch_parser, _batch_command),
+    "bench": (_bench_parser, _bench_command),
+    "check": (_check_parser, _check_command),
+    "cost": (_cost_parser, _cost_command),
+}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -281,3 +282,240 @@ def test_a_checkpoint_that_cannot_be_gone_on_with_now_shows_nothing_and_keeps_it
     assert [done.stdout.decode() for done in runs[1:]] == ["", TEXT, TEXT]
     assert b"restarted" in runs[2].stderr
     assert len(server.requests) == 3
+
+
+# batch
+
+
+def said(request):
+    return request.json["messages"][-1]["content"]
+
+
+def run_batch(server, folder, lines, *arguments):
+    (folder / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
+    done = command("batch", str(folder / "in.jsonl"), "-o", str(folder / "out.jsonl"), *where, *arguments)
+    answers = (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    return done, list(map(json.loads, answers))
+
+
+def test_batch_answers_each_line_and_says_how_it_went(server, tmp_path):
+    server.default = lambda request: Answer(text=f"You said: {said(request)}")
+    lines = ["one", {"prompt": "two"}, {"id": "c", "messages": [{"role": "user", "content": "three 🐑"}], "top_p": 0.5}]
+    done, answers = run_batch(server, tmp_path, lines)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert {answer["id"]: answer["text"] for answer in answers} == {
+        0: "You said: one",
+        1: "You said: two",
+        "c": "You said: three 🐑",
+    }
+    assert b"3: 3 succeeded" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert [request.json["top_p"] for request in server.requests if said(request) == "three 🐑"] == [0.5]
+
+
+def test_batch_run_again_asks_only_for_what_failed_or_is_missing(server, tmp_path):
+    server.default = lambda request: error_answer(400) if said(request) == "two" else Answer(text=said(request))
+    done, answers = run_batch(server, tmp_path, ["one", "two", "three"])
+    assert done.returncode == 1
+    assert b"1 failed" in done.stderr
+    (failed,) = (answer for answer in answers if "error" in answer)
+    assert (failed["id"], failed["error"]["code"]) == (1, "INVALID_REQUEST")
+    with open(tmp_path / "out.jsonl", "ab") as torn:  # as a kill leaves it
+        torn.write(b'{"id":3,"te')
+    server.default = lambda request: Answer(text=said(request))
+    server.requests.clear()
+    done, answers = run_batch(server, tmp_path, ["one", "two", "three", "four"])
+    assert done.returncode == 0
+    assert sorted(map(said, server.requests)) == ["four", "two"]
+    assert {answer["id"]: answer["text"] for answer in answers} == {0: "one", 1: "two", 2: "three", 3: "four"}
+    done, _ = run_batch(server, tmp_path, ["one", "two", "three", "four"])
+    assert (done.returncode, len(server.requests)) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [("[1, 2]\n", b"line 1 of the input is no request"), ('"one"\nnot JSON\n', b"line 2 of the input is no request")],
+)
+def test_batch_refuses_a_line_that_is_no_request(server, tmp_path, text, wrong):
+    (tmp_path / "in.jsonl").write_text(text)
+    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
+    done = command("batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *where)
+    assert done.returncode == 1
+    assert wrong in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_batch_refuses_two_lines_with_one_id_each_time(server, tmp_path):
+    for _ in range(2):
+        done, _ = run_batch(server, tmp_path, [{"id": 1, "prompt": "one"}, {"id": 1, "prompt": "two"}])
+        assert done.returncode == 1
+        assert b"line 2 of the input has an id that another has" in done.stderr
+
+
+def test_batch_keeps_what_was_answered_before_a_bad_line(server, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(f'"number {number}"\n' for number in range(20)) + "not JSON\n")
+    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
+    done = command("batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *where)
+    assert done.returncode == 1
+    assert b"line 21 of the input is no request" in done.stderr
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == len(server.requests) == 20
+
+
+def test_batch_keeps_what_is_ready_where_one_cannot_be_written(server, tmp_path, monkeypatch, capsys):
+    plain, failed = sheepsse._Answers.append, []
+
+    def append(self, result):
+        if not failed:
+            time.sleep(0.5)  # until others are ready
+            failed.append(result.id)
+            raise OSError(28, "No space left on device")
+        plain(self, result)
+
+    monkeypatch.setattr(sheepsse._Answers, "append", append)
+    (tmp_path / "in.jsonl").write_text('"one"\n"two"\n"three"\n')
+    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
+    assert sheepsse.main(["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *where]) == 1
+    assert "No space left" in capsys.readouterr().err
+    answered = {json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()}
+    assert answered == {0, 1, 2} - set(failed)
+
+
+@pytest.mark.parametrize(
+    "content", ["my diary\n", "my diary", '{"id": 1, "prompt": "one"}\n{"id": 2, "prompt": "two"}']
+)
+def test_batch_leaves_a_file_of_others_alone(server, tmp_path, content):
+    (tmp_path / "out.jsonl").write_text(content)
+    (tmp_path / "in.jsonl").write_text('"one"\n')
+    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
+    done = command("batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *where)
+    assert done.returncode == 1
+    assert b"choose another file" in done.stderr
+    assert (tmp_path / "out.jsonl").read_text() == content
+    assert server.requests == []
+
+
+def test_batch_without_its_input_says_so(tmp_path):
+    done = command("batch", str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--no-key", "-m", "m")
+    assert done.returncode == 1
+    assert b"none.jsonl" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no SIGINT to send")
+def test_batch_ends_at_ctrl_c_within_a_second_with_a_summary(server, tmp_path):
+    server.default = lambda request: Answer(text="x") if said(request) == "one" else Answer(stall_after=3)
+    (tmp_path / "in.jsonl").write_text('"one"\n"two"\n"three"\n')
+    arguments = ["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "--no-key", "-m", "m"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sheepsse", *arguments, "--base-url", server.base_url],
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    while len(server.requests) < 3 or not (tmp_path / "out.jsonl").read_bytes():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=10)
+    assert time.monotonic() - start < 1
+    assert process.returncode == 130
+    assert b"1: 1 succeeded" in error
+    assert b"Traceback" not in error
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == "x"
+
+
+# check, cost, bench
+
+
+def test_check_says_whether_the_provider_is_there(server):
+    done = command("check", "--base-url", server.base_url, "--no-key")
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"ok, answered in 0.")
+    assert b"local-model" in done.stdout
+    done = command("check", "--base-url", "http://127.0.0.1:1/v1", "--no-key")
+    assert (done.returncode, done.stdout) == (1, b"unreachable\n")
+    assert b"no connection" in done.stderr
+    done = command("check", "--provider", "deepseek")
+    assert (done.returncode, done.stdout) == (1, b"no_key\n")
+    assert b"DEEPSEEK_API_KEY" in done.stderr
+
+
+def test_cost_is_exact_or_says_that_nobody_knows():
+    done = command(
+        "cost", "--input", "1000", "--output", "500", "--cached", "600", "--price", "3", "15", "--cached-price", "0.30"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"0.00888\n", b"")
+    done = command("cost", "--input", "1000", "-m", "no-such-model")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"no price is known for no-such-model" in done.stderr
+    for price in ("dear", "nan"):
+        assert command("cost", "--input", "1", "--price", price, "1").returncode == 2
+
+
+def test_bench_measures_each_request(server):
+    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
+    done = command("bench", *where, "-n", "6", "-c", "3")
+    assert (done.returncode, done.stderr) == (0, b"")
+    lines = done.stdout.decode().splitlines()
+    assert lines[0].split() == ["p50", "p90", "p99"]
+    assert [line[:12] for line in lines[1:3]] == ["first text, ", "whole, s    "]
+    assert lines[-1].startswith("6 of 6 answered")
+    assert len(server.requests) == 6
+    server.default = Answer(text="")
+    assert b"tokens a second           -" in command("bench", *where, "-n", "1").stdout
+    assert command("bench", *where, "-n", "0").returncode == 2
+    server.default = error_answer(500)
+    done = command("bench", *where, "-n", "2")
+    assert done.returncode == 1
+    assert b"2 failed" in done.stderr
+    assert b"- " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["batch", "check", "cost", "bench"])
+def test_each_command_says_what_it_does(name):
+    done = command(name, "--help")
+    assert done.returncode == 0
+    assert f"usage: sheepsse {name}".encode() in done.stdout
+    assert name in command("--help").stdout.decode()
+
+
+def test_bench_draws_a_picture_where_matplotlib_is(server, tmp_path):
+    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
+    fake = tmp_path / "matplotlib"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("")
+    (fake / "figure.py").write_text(
+        "class Axes:\n"
+        "    def step(self, x, y, label): print(label, len(x), y[-1])\n"
+        "    def set(self, **texts): print(texts['title'])\n"
+        "    def legend(self): pass\n"
+        "class Figure:\n"
+        "    def subplots(self): return Axes()\n"
+        "    def savefig(self, name): open(name, 'w').close()\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(MODULE.parent)])
+    done = command("bench", *where, "-n", "4", "--plot", str(tmp_path / "out.png"), env={"PYTHONPATH": paths})
+    assert done.returncode == 0
+    assert b"first text 4 100.0" in done.stdout
+    assert b"local-model, 4 requests" in done.stdout
+    assert (tmp_path / "out.png").exists()
+    (fake / "figure.py").write_text("raise ImportError('broken')")
+    done = command("bench", *where, "--plot", "out.png", env={"PYTHONPATH": paths})
+    assert done.returncode == 2
+    assert b"--plot needs matplotlib" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["bench", "-m", "m"], ["batch", "IN", "-o", "OUT", "-m", "m"]])
+def test_a_variable_without_a_key_is_an_error_of_each_command(tmp_path, arguments):
+    (tmp_path / "IN").write_text('"one"')
+    done = command(*arguments, "--base-url", "http://127.0.0.1:1/v1", "--key-variable", "MY_KEY", cwd=tmp_path)
+    assert done.returncode == 1
+    assert b"no API key in MY_KEY" in done.stderr
+
+
+def test_batch_reads_standard_input_and_skips_blank_lines(server, tmp_path):
+    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
+    done = command("batch", "-", "-o", str(tmp_path / "out.jsonl"), *where, input=b'"one"\n\n"two"')
+    assert done.returncode == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
