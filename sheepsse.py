@@ -3571,13 +3571,9 @@ def _counted(content: str | Sequence[Mapping[str, Any]], count: Callable[[str], 
     # https://github.com/openai/openai-cookbook/blob/main/examples/How_to_count_tokens_with_tiktoken.ipynb
     total = 3
     for message in content:
-        texts = [_text(message.get("role")), _plain_parts(message.get("content")), _text(message.get("name"))]
+        texts = [_text(message.get("role")), _content(message.get("content"))[0], _text(message.get("name"))]
         total += 3 + sum(map(count, texts)) + bool(texts[2])
     return total
-
-
-def _plain_parts(content: Any) -> str:
-    return content if isinstance(content, str) else _texts(_list(content))
 
 
 def _encoding_of(model: str) -> str | None:
@@ -8288,12 +8284,19 @@ def _streamed(
     fallback: bool = False,
 ) -> Stream:
     """What stream() and complete() read: by the clients given, by one made of their keywords, or the environment's"""
+    clients, owned = _clients_of(client, params)
+    return _stream_of(clients, messages, model, params, terms, fallback, owned)
+
+
+def _clients_of(client: Client | Sequence[Client] | None, params: dict[str, Any]) -> tuple[list[Client], bool]:
+    """The clients given, one made of their keywords, or the environment's; and whether it ends with what it is for"""
     own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
-    owned = bool(own) and "session" not in own
     if client is None:
         client = Client(**own) if own else _Default.client()
     clients = [client] if isinstance(client, Client) else list(client)
-    return _stream_of(clients, messages, model, params, terms, fallback, owned)
+    if not clients:
+        raise ValueError("client= is a Client, or a list of one or more")
+    return clients, bool(own) and "session" not in own
 
 
 def _stream_of(
@@ -8306,8 +8309,6 @@ def _stream_of(
     owned: bool = False,
 ) -> Stream:
     """A Stream by the first of the clients that gives one; with ``fallback``, at last, of an answer in one piece"""
-    if not clients:
-        raise ValueError("client= is a Client, or a list of one or more")
     messages = _messages(messages)
     several = len(clients) > 1
     calls = [
@@ -8789,16 +8790,11 @@ def batch(
         collections.deque(_with_new_ids(requests), 0)
         total = len(requests)
     told = _progress(progress, total)
-    own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
-    if client is None:
-        client = Client(**own) if own else _Default.client()
-    clients = [client] if isinstance(client, Client) else list(client)
-    if not clients:
-        raise ValueError("client= is a Client, or a list of one or more")
+    clients, owned = _clients_of(client, params)
     run = _runner(clients, workers, executor, params)
     folder = None if checkpoint is None else os.fsdecode(checkpoint)
     in_flight = 2 * (workers if executor is None else getattr(executor, "_max_workers", None) or 4 * workers)
-    return Batch(_jobs(requests, params, folder), run, in_flight, ordered, told, clients if own else ())
+    return Batch(_jobs(requests, params, folder), run, in_flight, ordered, told, clients if owned else ())
 
 
 def _runner(clients: Sequence[Client], workers: int, executor: Any, params: dict[str, Any]) -> _Threads | _Processes:

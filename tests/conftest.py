@@ -69,6 +69,16 @@ def asking(server, **options):
         yield made
 
 
+@pytest.fixture
+def clients(server):
+    """A client of the server in each dialect, by its name"""
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(asking(server, base_url=server.origin + base, dialect=name))
+            for name, base in local_provider.DIALECT_BASES.items()
+        }
+
+
 def read(pieces):
     """What comes of an iterator, and the SheepError that ended it or None; any other error is a failure"""
     came = []

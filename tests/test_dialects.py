@@ -1,13 +1,12 @@
 """Section 5, what streams of each dialect say, over real sockets and cut into blocks of any size"""
 
-import contextlib
 from decimal import Decimal
 
 import pytest
 
 import local_provider
 import sheepsse
-from conftest import asking, folder_of, read
+from conftest import folder_of, read
 from transcripts import DONE, STOP, TRANSCRIPTS, chunk, says, sse
 from transcripts_vendors import (
     DOCUMENTS,
@@ -34,16 +33,6 @@ RECORDED_AS = {
     "gemini": "gemini",
     "ollama": "ollama",
 }
-
-
-@pytest.fixture
-def clients(server):
-    """A client of the server in each dialect, by its name"""
-    with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(asking(server, base_url=server.origin + base, dialect=name))
-            for name, base in local_provider.DIALECT_BASES.items()
-        }
 
 
 def names(transcript):

@@ -1,6 +1,5 @@
 """Section 4, texts taken out of events without reading these whole: always what reading them whole gives"""
 
-import contextlib
 import itertools
 import json
 import sys
@@ -339,15 +338,6 @@ def long(dialect, count=300, **options):
     return local_provider.Answer(
         body=body, content_type=CONTENT_TYPES.get(dialect, "text/event-stream"), block=1 << 16, **options
     )
-
-
-@pytest.fixture
-def clients(server):
-    with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(asking(server, base_url=server.origin + base, dialect=name))
-            for name, base in local_provider.DIALECT_BASES.items()
-        }
 
 
 def words(count=300):
