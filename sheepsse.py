@@ -4298,9 +4298,11 @@ class Limiter:
         """
         return self._acquire(priority, user, on_position)
 
-    def bind(self, priority: float = 0, user: Any = None) -> _BoundLimiter:
-        """The same limiter, for ``limiter=`` of one stream: with this priority and user"""
-        return _BoundLimiter(self, priority, user)
+    def bind(
+        self, priority: float = 0, user: Any = None, on_position: Callable[[int], object] | None = None
+    ) -> _BoundLimiter:
+        """The same limiter, for ``limiter=`` of one stream: with this priority and user, who is told his place"""
+        return _BoundLimiter(self, priority, user, on_position)
 
     def stats(self, user: Any = None) -> LimiterStats:
         """The numbers so far; with a ``user``, ``active``, ``queued`` and ``position`` are his"""
@@ -4504,13 +4506,15 @@ class _BoundLimiter(NamedTuple):
     limiter: Limiter
     priority: float
     user: Any
+    on_position: Callable[[int], object] | None = None
 
     def acquire(
         self, priority: float | None = None, user: Any = None, *, on_position: Callable[[int], object] | None = None
     ) -> Slot:
         """As of the Limiter, where it is not said otherwise for this user with this priority"""
         priority = self.priority if priority is None else priority
-        return self.limiter.acquire(priority, self.user if user is None else user, on_position=on_position)
+        user = self.user if user is None else user
+        return self.limiter.acquire(priority, user, on_position=on_position or self.on_position)
 
     def heed(self, headers: Mapping[str, str], status: int = 200) -> None:
         """As of the Limiter"""
@@ -7037,12 +7041,27 @@ class _Call:
         timeout = None if deadline is None else deadline - time.monotonic()
         try:
             return limiter.limiter._acquire(
-                limiter.priority, limiter.user, timeout=timeout, bell=self.wire.wake, check=self._check_not_ended
+                limiter.priority,
+                limiter.user,
+                limiter.on_position,
+                timeout=timeout,
+                bell=self.wire.wake,
+                check=self._check_not_ended,
             )
         except QueueTimeoutError as error:
             if not self.is_late:
                 raise
             raise StreamTimeout("the deadline of the call has passed, waiting for a slot of the limiter") from error
+
+    def tell_place(self, told: Callable[[int], object]) -> None:
+        """Has the place in the queue told, while it waits for a slot"""
+        limiter = self._options.limiter
+        if isinstance(limiter, Limiter):
+            limiter = limiter.bind()
+        if isinstance(limiter, _BoundLimiter):
+            others = [limiter.on_position] if limiter.on_position else []
+            limiter = limiter._replace(on_position=lambda place: [each(place) for each in (told, *others)])
+            self._options = self._options._replace(limiter=limiter)
 
     def _check_not_ended(self) -> None:
         if self.wire.ended:
@@ -7844,6 +7863,11 @@ class Stream:
         """
         self._ending = self._ending or "cancelled"
         self._call.wire.end(self._ending)
+
+    def _tell_place(self, told: Callable[[int], object]) -> None:
+        """Has the place in the queue of its Limiter told to somebody, who belongs to the thread that reads"""
+        for call in (self._call, *(spare.call for spare in self._spares)):
+            call.tell_place(told)
 
     @property
     def text(self) -> str:

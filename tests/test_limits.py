@@ -532,6 +532,19 @@ def test_a_call_may_have_a_limiter_priority_and_user_of_its_own(server):
         list(stream)
 
 
+def test_a_stream_that_waits_tells_its_place_to_whom_its_limiter_was_bound(server):
+    limiter = Limiter(max_concurrent=1)
+    places = []
+    with asking(server) as client:
+        slot = limiter.acquire()
+        stream = client.stream("Good day?", limiter=limiter.bind(on_position=places.append))
+        threading.Timer(0.1, slot.release).start()
+        assert "".join(stream) == TEXT
+    assert places == [1]
+    with limiter.bind(user="ann", on_position=places.append).acquire():
+        assert places == [1]  # nobody waited
+
+
 def test_anything_with_an_acquire_may_be_the_limiter(server):
     held = []
 
