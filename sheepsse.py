@@ -874,6 +874,11 @@ def iter_text(chunks: Iterable[Chunk]) -> Iterator[str]:
             yield chunk.text
 
 
+def _plain_usage(usage: Usage | None) -> dict[str, Any] | None:
+    """A usage as JSON can carry it"""
+    return None if usage is None else {**usage._asdict(), "cost": None if usage.cost is None else str(usage.cost)}
+
+
 def _excerpt(text: str | bytes, limit: int = 200) -> str:
     """The beginning of something, on one line, for a message"""
     if isinstance(text, bytes):
@@ -5373,6 +5378,14 @@ class _EventLog:
             raise _another_answer()
 
 
+def _marks_of(ids: Sequence[str]) -> list[tuple[str, int | None]]:
+    """What is known of the events of a kept answer by the ids of its chunks; nothing where that is not enough"""
+    if not ids or not ids[0] or not ids[-1] or ids[-1] in ids[-2:-1]:  # another chunk of the event may be missing
+        return []
+    known = ids if len(ids) < 3 else [ids[0], ids[-2] or ids[0], ids[-1]]
+    return [(id, None) for id in known]
+
+
 def _is_number(*ids: str) -> bool:
     return all(id.isascii() and id.isdigit() and len(id) < 20 for id in ids)
 
@@ -6002,12 +6015,15 @@ def _saved_in(data: bytes, path: str) -> _Saved:
     return _Saved(contents[0], chunks, notes[-1] if notes else "single", complete, size, checksum)
 
 
-def _good_lines(lines: Sequence[bytes], path: str) -> tuple[list[Any], int, int]:
-    """What the lines say up to the first that is not as it was written, their bytes, and the last checksum"""
+def _good_lines(lines: Sequence[bytes], path: str, checksum: int = 0) -> tuple[list[Any], int, int]:
+    """What the lines say up to the first that is not as it was written, their bytes, and the last checksum
+
+    ``checksum`` is that of the line before them.
+    """
     import zlib
 
     contents: list[Any] = []
-    size = checksum = 0
+    size = 0
     for line in lines:
         data = line[:-9]
         found = zlib.crc32(data, checksum)
@@ -6167,25 +6183,75 @@ def _remove(file: io.FileIO, path: str) -> None:
             raise _failed(name, "removed", error) from error
 
 
-class _Journal:
-    """A file of chunks that only grows: after a kill at any moment it holds all that was appended
+class _Lines:
+    """A file of JSON lines that only grows, the first of them its header, locked by the one opening that writes
 
-    A header, a line a chunk, and a last line that says it is complete. It is locked, so that one opening of it
-    writes at a time; one that is complete holds no lock. A torn last line is taken for none, and cut off before
-    more is appended. Belongs to one thread, and to the process that opened it: not across a fork.
+    A torn last line is taken for none, and cut off before more is appended. Belongs to the process that opened it:
+    not across a fork.
     """
 
-    def __init__(self, path: str, header: Mapping[str, Any], saved: _Saved, file: io.FileIO | None) -> None:
+    def __init__(self, path: str, header: Mapping[str, Any], file: io.FileIO | None, end: tuple[int, int]) -> None:
         self._path = path
         self._header = {"sheepsse": _JOURNAL_VERSION, **header}
         self._file = file
+        self._end = end  # size and checksum of what is good
+        self._torn = True  # there may be bytes behind the end
+        self._process = os.getpid()
+        #: whether nothing may follow
+        self.complete = False
+
+    def write(self, contents: Sequence[str]) -> None:
+        """Keeps lines, by one write; where that fails with CheckpointError, the file still has all before them"""
+        file = self._writable()
+        size, checksum = self._end
+        # the header comes with the first line: a file without a chunk is an empty one
+        header = () if size else (_journal_json(self._header),)
+        lines, checksum = _journal_lines((*header, *contents), checksum if size else 0)
+        self.cut()
+        self._torn = True  # until all is written, also where Ctrl-C comes in between
+        try:
+            _write_all(file, lines)
+        except OSError as error:
+            raise _failed(self._path, "written", error) from error
+        self._end = size + len(lines), checksum
+        self._torn = False
+
+    def cut(self) -> None:
+        """Cuts off what is behind the last good line"""
+        if self._torn:
+            try:
+                os.ftruncate(self._writable().fileno(), self._end[0])
+            except OSError as error:
+                raise _failed(self._path, "written", error) from error
+            self._torn = False
+
+    def close(self) -> None:
+        """Gives the lock back; may be called again"""
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                if self._process == os.getpid():  # a fork that closes its copy does not end our lock
+                    _unlock(file)
+
+    def _writable(self) -> io.FileIO:
+        if self._file is None or self.complete:
+            raise CheckpointError(f"{self._path} is complete or closed: open it with refresh=True to write it anew")
+        return self._file
+
+
+class _Journal(_Lines):
+    """A file of chunks: after a kill at any moment it holds all that was appended
+
+    A header, a line a chunk, and a last line that says it is complete; one that is complete holds no lock. Belongs
+    to one thread.
+    """
+
+    def __init__(self, path: str, header: Mapping[str, Any], saved: _Saved, file: io.FileIO | None) -> None:
+        super().__init__(path, header, file, (saved.size, saved.checksum))
         #: what was saved when it was opened
         self.chunks = list(saved.chunks)
         self.continuity = saved.continuity
         self.complete = saved.complete
-        self._end = saved.size, saved.checksum
-        self._torn = True  # there may be bytes behind the end
-        self._process = os.getpid()
 
     @classmethod
     def open(cls, path: str, refresh: bool = False, *, name: str | None = None, request: str | None = None) -> _Journal:
@@ -6223,23 +6289,23 @@ class _Journal:
 
     def append(self, chunk: Chunk) -> None:
         """Keeps a chunk, by one write; where that fails with CheckpointError, the file still has all before it"""
-        self._write([_journal_json(_chunk_fields(chunk))])
+        self.write([_journal_json(_chunk_fields(chunk))])
 
     def append_texts(self, texts: Iterable[str], like: Chunk) -> None:
         """Keeps chunks that are ``like`` one but for their text, all by one write"""
         rest = _journal_json(_chunk_fields(like._replace(text="")))[1:]
         between = "," if len(rest) > 1 else ""
-        self._write([f'{{"text":{_to_json(text)}{between}{rest}' for text in texts])
+        self.write([f'{{"text":{_to_json(text)}{between}{rest}' for text in texts])
 
     def note(self, continuity: str) -> None:
         """Keeps how the text was made whole"""
         if continuity != self.continuity:
-            self._write([_journal_json({"continuity": continuity})])
+            self.write([_journal_json({"continuity": continuity})])
             self.continuity = continuity
 
     def finish(self) -> None:
         """Says that this was all; it is on the disk when this returns"""
-        self._write([_journal_json(_JOURNAL_END)])
+        self.write([_journal_json(_JOURNAL_END)])
         file = self._writable()
         self.complete = True
         try:
@@ -6263,43 +6329,6 @@ class _Journal:
             raise _failed(self._path, "replaced", error) from error
         finally:
             self.close()
-
-    def close(self) -> None:
-        """Gives the lock back; may be called again"""
-        file, self._file = self._file, None
-        if file is not None:
-            with file:
-                if self._process == os.getpid():  # a fork that closes its copy does not end our lock
-                    _unlock(file)
-
-    def _write(self, contents: Sequence[str]) -> None:
-        file = self._writable()
-        size, checksum = self._end
-        # the header comes with the first line: a file without a chunk is an empty one
-        header = () if size else (_journal_json(self._header),)
-        lines, checksum = _journal_lines((*header, *contents), checksum if size else 0)
-        self.cut()
-        self._torn = True  # until all is written, also where Ctrl-C comes in between
-        try:
-            _write_all(file, lines)
-        except OSError as error:
-            raise _failed(self._path, "written", error) from error
-        self._end = size + len(lines), checksum
-        self._torn = False
-
-    def cut(self) -> None:
-        """Cuts off what is behind the last good line"""
-        if self._torn:
-            try:
-                os.ftruncate(self._writable().fileno(), self._end[0])
-            except OSError as error:
-                raise _failed(self._path, "written", error) from error
-            self._torn = False
-
-    def _writable(self) -> io.FileIO:
-        if self._file is None or self.complete:
-            raise CheckpointError(f"{self._path} is complete or closed: open it with refresh=True to write it anew")
-        return self._file
 
 
 def _saved_if_complete(path: str) -> _Saved | None:
@@ -7112,10 +7141,9 @@ class _Call:
         """Takes what a checkpoint holds for what was received"""
         for chunk in journal.chunks:
             self.answer.add(chunk)
-        ids = [chunk.event_id for chunk in journal.chunks]
-        if ids and ids[0] and ids[-1] and ids[-1] not in ids[-2:-1]:  # else another chunk of the event may be missing
-            known = ids if len(ids) < 3 else [ids[0], ids[-2] or ids[0], ids[-1]]
-            self._events = _EventLog([(id, None) for id in known])
+        marks = _marks_of([chunk.event_id for chunk in journal.chunks])
+        if marks:
+            self._events = _EventLog(marks)
         self.continuity = journal.continuity
         self._untold = bool(journal.chunks)
         self._whole = journal.complete or self._is_finished
@@ -9063,11 +9091,6 @@ class _JSONLines:
 
     def error(self, error: SheepError) -> None:
         self._print("error", code=error.code, message=str(error), status=error.status, request_id=error.request_id)
-
-
-def _plain_usage(usage: Usage | None) -> dict[str, Any] | None:
-    """A usage as JSON can carry it"""
-    return None if usage is None else {**usage._asdict(), "cost": None if usage.cost is None else str(usage.cost)}
 
 
 def _stats_line(answer: Stream) -> str:
