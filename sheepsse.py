@@ -27,11 +27,13 @@ The file is read from top to bottom; a section uses only those above it:
     10 Checkpoints     an append-only journal of chunks, which survives a kill
     11 Client          the sections above put together; the only one that opens sockets to a model
     12 Batch           many requests, results as they come, on threads or any executor
+    13 Relay           chunks to browser-facing SSE, on any WSGI server, over lost connections
     14 Command line    ``python -m sheepsse "prompt"``
 """
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import collections
 import contextlib
@@ -50,6 +52,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from http.client import HTTPException
 from http.client import HTTPResponse as _HTTPResponse
 from http.client import IncompleteRead as _IncompleteRead
@@ -87,9 +90,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CHAT_PAGE",
     "DIALECTS",
     "PROVIDERS",
     "RETRYABLE_STATUS",
+    "SSE_HEADERS",
     "AlignmentReport",
     "AuthenticationError",
     "Batch",
@@ -117,8 +122,9 @@ __all__ = [
     "QueueTimeoutError",
     "QuotaError",
     "RateLimitError",
-    "ResumePoint",
+    "Relay",
     "Result",
+    "ResumePoint",
     "Retry",
     "SSEClient",
     "SSEDecoder",
@@ -143,7 +149,9 @@ __all__ = [
     "complete",
     "cost",
     "count_tokens",
+    "drain",
     "encode_event",
+    "flask_blueprint",
     "iter_bytes",
     "iter_chunks",
     "iter_events",
@@ -153,9 +161,11 @@ __all__ = [
     "main",
     "parse_line",
     "record",
+    "relay",
     "replay",
     "session",
     "stream",
+    "wsgi_app",
 ]
 
 _log = logging.getLogger("sheepsse")
@@ -8907,6 +8917,2701 @@ def _progress(progress: bool | Callable[[Result], object] | None, total: int | N
 
 
 # ============================================================================================================
+# 13. Relay: chunks to browser-facing SSE, on any WSGI server, over lost connections. May use: Batch and above
+# ============================================================================================================
+
+#: the headers of an event stream, as no cache and no proxy holds it back; none is hop-by-hop, which WSGI forbids
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",  # nginx holds an answer back to its end without it
+}
+
+#: by the code of an error the status it has for a browser, and what that is told: an error's own words may hold
+#: what is between the server and the provider
+_PUBLIC = {
+    "AUTH_ERROR": (502, "this service cannot ask the model: it is not set up for it"),
+    "QUOTA_EXCEEDED": (503, "this service has used up its quota of the model"),
+    "RATE_LIMIT": (429, "the model is asked too often at the moment: try again later"),
+    "MODEL_NOT_FOUND": (502, "the model is not to be had"),
+    "INVALID_REQUEST": (400, "the model cannot answer this request: perhaps it is too long"),
+    "SERVER_ERROR": (502, "the model has failed, or is overloaded: try again later"),
+    "NETWORK_ERROR": (502, "the model cannot be reached: try again later"),
+    "TIMEOUT": (504, "the model took too long"),
+    "INVALID_SSE_FORMAT": (502, "the model gave an answer that cannot be read"),
+    "STREAM_ERROR": (502, "the model reported an error in the midst of its answer"),
+    "CONNECTION_LOST": (502, "the connection to the model was lost, and the answer could not be made whole"),
+    "CANCELLED": (499, "the answer was stopped"),
+    "CIRCUIT_OPEN": (503, "the model has failed often of late, and is not asked at the moment"),
+    "QUEUE_FULL": (503, "too many are waiting for an answer: try again later"),
+    "QUEUE_TIMEOUT": (503, "the wait for a turn was too long: try again later"),
+    "SHUTTING_DOWN": (503, "this server is going down: ask again"),
+    "ABANDONED": (503, "nobody waited for this answer any more, and it was ended"),
+    "PRODUCER_LOST": (503, "the process that wrote this answer has died"),
+    "INTERNAL_ERROR": (500, "this service has failed"),
+}
+
+
+def _public(code: str, retry_after: float | None = None) -> dict[str, Any]:
+    """An error as a browser is told it"""
+    told: dict[str, Any] = {"code": code, "message": _PUBLIC[code][1]}
+    if retry_after is not None:
+        told["retry_after"] = round(retry_after, 3)
+    return told
+
+
+def _public_code(error: Exception) -> str:
+    """The code of an error, if it is one of ours: a vendor's own code may hold anything"""
+    code = getattr(type(error), "code", "")
+    return code if code in _PUBLIC else "INTERNAL_ERROR"
+
+
+class _Event(NamedTuple):
+    """An event for the browser"""
+
+    name: str
+    data: str
+    #: its place in the stream, from 1; None has none, for it is no part of what is kept
+    number: int | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing can follow it"""
+        return self.number is not None and self.name in ("done", "failed", "interrupted")
+
+    def encoded(self, stream_id: str) -> bytes:
+        id = f"{stream_id}:{self.number}" if stream_id and self.number is not None else ""
+        return encode_event(ServerSentEvent(self.name, self.data, id))
+
+
+#: events before they have a number: names and what JSON can carry, or JSON already
+_Named = Sequence["tuple[str, Any]"]
+
+
+def _data(content: Any) -> str:
+    """What an event carries, as JSON in ASCII, in which nothing can end a line"""
+    return content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
+
+
+class _NamedEvents:
+    """How a stream is told to a page: an event's name says what its data is"""
+
+    def chunk(self, chunk: Chunk) -> _Named:
+        which = {"index": chunk.index} if chunk.index else {}
+        texts = (("reasoning", chunk.reasoning), ("message", chunk.text), ("refusal", chunk.refusal))
+        events: list[tuple[str, Any]] = [(name, {"content": text, **which}) for name, text in texts if text]
+        if chunk.tool_calls:
+            events.append(("tool_calls", {"tool_calls": [call._asdict() for call in chunk.tool_calls], **which}))
+        return events
+
+    def queued(self, place: int) -> _Named:
+        return [("queued", {"position": place})]
+
+    def end(self, name: str, facts: Mapping[str, Any], usage: Usage | None) -> _Named:
+        return [(name, facts)]
+
+
+def _chunk_of_event(name: str, data: Any) -> Chunk:
+    """What a named event was made of"""
+    data = json.loads(data)
+    if name == "tool_calls":
+        return Chunk(tool_calls=tuple(ToolCall(**call) for call in data["tool_calls"]))
+    field = {"message": "text", "reasoning": "reasoning", "refusal": "refusal"}.get(name)
+    return Chunk(**{field: data["content"]}) if field else Chunk()
+
+
+class _CompletionEvents:
+    """How a stream is told to a client of OpenAI's Chat Completions
+
+    https://platform.openai.com/docs/api-reference/chat-streaming
+    """
+
+    _FINISH = {"refusal": "content_filter"}
+
+    def __init__(self) -> None:
+        self._common: dict[str, Any] = {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": "chat.completion.chunk"}
+        self._common.update(created=int(time.time()), model="")
+        self._begun: set[int] = set()
+
+    def chunk(self, chunk: Chunk) -> _Named:
+        self._common["model"] = self._common["model"] or chunk.model
+        delta: dict[str, Any] = {"reasoning_content": chunk.reasoning, "content": chunk.text, "refusal": chunk.refusal}
+        delta = {name: text for name, text in delta.items() if text}
+        if chunk.tool_calls:
+            delta["tool_calls"] = list(map(self._tool_call, chunk.tool_calls))
+        finish = None if chunk.finish is None else self._FINISH.get(chunk.finish, chunk.finish)
+        if not delta and finish is None:
+            return ()
+        if chunk.index not in self._begun:
+            self._begun.add(chunk.index)
+            delta = {"role": "assistant", **delta}
+        return [self._said(choices=[{"index": chunk.index, "delta": delta, "finish_reason": finish}])]
+
+    def _said(self, **fields: Any) -> tuple[str, Any]:
+        return "message", {**self._common, **fields}
+
+    @staticmethod
+    def _tool_call(call: ToolCall) -> dict[str, Any]:
+        if not (call.id or call.name):  # a further part of its arguments
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        id = call.id or f"call_{os.urandom(8).hex()}"  # Gemini's and Ollama's may have none, and a result must name one
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": call.index, "id": id, "type": "function", "function": function}
+
+    def queued(self, place: int) -> _Named:
+        return ()
+
+    def end(self, name: str, facts: Mapping[str, Any], usage: Usage | None) -> _Named:
+        if name != "done":
+            told = {name: facts.get(name) for name in ("code", "message")}
+            return [("message", {"error": {**told, "type": name, "param": None}})]
+        events = [] if usage is None else [self._said(choices=[], usage=self._counts(usage))]
+        return [*events, ("message", "[DONE]")]
+
+    @staticmethod
+    def _counts(usage: Usage) -> dict[str, Any]:
+        return {
+            "prompt_tokens": usage.input_tokens,
+            "completion_tokens": usage.output_tokens,
+            "total_tokens": usage.total_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cache_read_tokens},
+            "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        }
+
+
+#: how often the watcher looks, in seconds
+_LOOK_EVERY = 0.025
+#: how often it looks at what costs more, and says that somebody follows a stream of another process
+_LOOK_CLOSER_EVERY = 0.25
+
+
+class _Relaying:
+    """What this process relays, and the one thread that looks after it while there is any"""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def forget(self) -> None:
+        """In a process that was forked: what is relayed is its parent's, and a lock held here would outlive that"""
+        productions = list(self.productions.values())
+        self.reset()
+        for production in productions:
+            production.sink.forget()
+
+    def reset(self) -> None:
+        self.lock = threading.RLock()  # what is added may start the watcher
+        #: set also by a signal handler, which must not take a lock: the watcher does what follows of it
+        self.draining = False
+        self.productions: dict[str, _Production] = {}
+        self.relays: weakref.WeakSet[Relay] = weakref.WeakSet()  # one that is dropped ends its stream
+        #: of relays that were collected, in the midst of whatever, where no lock must be taken
+        self.dropped: collections.deque[tuple[_Pipe | _FileTail | _RedisTail, _Production | None]] = collections.deque()
+        self._tails: dict[str, list[_FileTail]] = {}
+        self._watcher: threading.Thread | None = None
+
+    def add(self, charge: Relay | _Production) -> None:
+        """Has somebody looked after: ``look()`` is called until it is removed"""
+        with self.lock:
+            if isinstance(charge, Relay):
+                self.relays.add(charge)
+            else:
+                self.productions[charge.id] = charge
+            if self._watcher is None:
+                _register_at_exit()
+                self._watcher = threading.Thread(target=self._watch, name="sheepsse relays", daemon=True)
+                self._watcher.start()
+
+    def remove(self, charge: Relay | _Production) -> None:
+        with self.lock:
+            if isinstance(charge, Relay):
+                self.relays.discard(charge)
+            elif self.productions.get(charge.id) is charge:  # its stream may have another one already
+                del self.productions[charge.id]
+
+    def follow(self, id: str, tail: _FileTail) -> None:
+        """Has a tail rung for each event that a producer of this process writes"""
+        with self.lock:
+            self._tails.setdefault(id, []).append(tail)
+
+    def unfollow(self, id: str, tail: _FileTail) -> None:
+        with self.lock, contextlib.suppress(KeyError, ValueError):  # after a fork it is its parent's
+            self._tails[id].remove(tail)
+            if not self._tails[id]:
+                del self._tails[id]
+
+    def ring(self, id: str) -> None:
+        for tail in tuple(self._tails.get(id, ())):
+            tail.bell.set()
+
+    def is_followed(self, id: str) -> bool:
+        return id in self._tails
+
+    def _watch(self) -> None:
+        while True:
+            while self.dropped:
+                _leave(*self.dropped.popleft())
+            with self.lock:
+                charges: list[Relay | _Production] = [*self.productions.values(), *self.relays]
+                if not charges:
+                    self._watcher = None
+                    return
+            if not threading.main_thread().is_alive():
+                self.draining = True  # the process waits for the threads that serve, and they for their streams
+            for charge in charges:
+                try:
+                    if self.draining:
+                        charge.interrupt("SHUTTING_DOWN")
+                    charge.look()
+                except Exception:  # of one is no reason to leave the others alone
+                    _log.exception("stream %s cannot be looked after any more", charge.id)
+                    self.remove(charge)
+                    if isinstance(charge, _Production):
+                        charge.stop("INTERNAL_ERROR")
+            del charges[:], charge  # a relay that is held here is not collected
+            time.sleep(_LOOK_EVERY)
+
+
+def drain(timeout: float = 5) -> bool:
+    """Ends all that this process relays with a terminal event, and refuses more; for a server that goes down
+
+    A stream that is kept can be carried on by another process: its page is told ``interrupted``. Waits up to
+    ``timeout`` seconds, and gives whether all has ended. Happens at exit anyway, but a server that is told to end
+    (SIGTERM) may wait for its streams first: call it then, in a signal handler with 0, for that may hold up the thread
+    which serves.
+    """
+    _relaying.draining = True
+    # a relay is gone when its server has sent the last event, and closed it
+    return _ended(lambda: not _relaying.productions and not len(_relaying.relays), timeout)
+
+
+def _ended(is_over: Callable[[], bool], timeout: float) -> bool:
+    until = time.monotonic() + timeout
+    while not is_over():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(_LOOK_EVERY)
+    return True
+
+
+def _end_at_exit() -> None:
+    """Journals say how their streams ended; the threads that served them have ended already"""
+    _relaying.draining = True
+    _ended(lambda: not _relaying.productions, 2)
+
+
+@functools.lru_cache(None)
+def _register_at_exit() -> None:
+    atexit.register(_end_at_exit)
+
+
+class _Production:
+    """A stream that is read in a thread of its own, and told to a sink, whoever listens"""
+
+    def __init__(self, id: str, sink: _Pipe | _FileLog | _RedisLog, speaker: _NamedEvents | _CompletionEvents) -> None:
+        self.id = id
+        self.sink = sink
+        self.request_id = ""
+        self.owner = ""
+        #: seconds for which it goes on without a follower; None until it has one
+        self._grace: float | None = None
+        self.traffic: _Traffic | None = None
+        #: whether an error before the first event may be raised by start(), not told to the sink
+        self.may_refuse = True
+        self.refusal: SheepError | None = None
+        self.begun = threading.Event()  # something was given, or it has ended
+        self._speaker = speaker
+        self._stream: Stream | None = None
+        self._lock = threading.Lock()
+        self._stopped = ""  # the code that says why
+        self._has_said = False  # whether a piece of the answer was given
+        self._bytes = 0
+        self._heard_at = 0.0  # somebody followed it
+        self._looked_at = 0.0
+
+    def start(self, stream: Stream) -> None:
+        """Begins to read, in a daemon: a process that ends does not wait for a model"""
+        self._stream = stream
+        stream._tell_place(self.queued)
+        self.request_id = self.request_id or stream.request_id
+        _relaying.add(self)
+        if _relaying.draining:
+            self.stop("SHUTTING_DOWN")
+        if self.traffic is not None:
+            self.traffic.began()
+        try:
+            threading.Thread(target=self._read, args=(stream,), name="sheepsse relay", daemon=True).start()
+        except RuntimeError as error:
+            self.refusal = ServerError("the system gives no more threads")
+            self._let_go(stream, "failed")
+            raise self.refusal from error
+
+    def give_up(self, name: str, code: str) -> None:
+        """Says that the stream has ended, and will not go on"""
+        self._put(self._speaker.end(name, {**_public(code), "request_id": self.request_id}, None))
+        self._end_sink()
+
+    def await_first(self, seconds: float) -> None:
+        """Waits for the first event; raises the error that came instead of it"""
+        self.begun.wait(seconds)
+        with self._lock:
+            self.may_refuse = False
+        if self.refusal is not None:
+            raise self.refusal
+
+    def interrupt(self, code: str) -> None:
+        self.stop(code)
+
+    def stop(self, code: str) -> None:
+        """Ends the stream from outside; the first reason counts"""
+        with self._lock:
+            self._stopped = self._stopped or code
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def attended(self, grace: float) -> None:
+        """From now on somebody must follow it, but for so many seconds"""
+        # those of other processes say that they follow so often, and might be taken for gone between
+        self._heard_at, self._grace = time.monotonic(), max(grace, 2 * _LOOK_CLOSER_EVERY)
+
+    def queued(self, place: int) -> None:
+        """Tells the place in the queue of the limiter"""
+        self._put(self._speaker.queued(place))
+
+    def _read(self, stream: Stream) -> None:
+        ending = "failed"
+        try:
+            for chunk in stream.chunks():
+                self._put(self._speaker.chunk(chunk), chunk, stream)
+            ending = "done"
+            self._end(stream, "done", {})
+        except SheepError as error:
+            ending = self._fail(stream, error)
+        except Exception as error:
+            _log.exception("request %s: the relay has failed", self.request_id)
+            ending = self._fail(stream, error)
+        finally:
+            self._let_go(stream, ending)
+
+    def _let_go(self, stream: Stream, ending: str) -> None:
+        try:
+            stream.close()
+            self._end_sink()
+        finally:
+            _relaying.remove(self)
+            _relaying.ring(self.id)
+            self.begun.set()
+            if self.traffic is not None:
+                self.traffic.ended(ending, stream.stats.ttft)
+
+    def _end_sink(self) -> None:
+        is_void = self.refusal is not None and not self.sink.is_resumed
+        for end in (self.sink.discard, self.sink.end) if is_void else (self.sink.end,):
+            try:
+                end()
+            except (CheckpointError, OSError) as error:
+                _log.warning("request %s: %s", self.request_id, error)
+
+    def _put(self, events: _Named, chunk: Chunk | None = None, stream: Stream | None = None) -> None:
+        source = None if chunk is None or stream is None else _own_event_id(chunk, stream)
+        texts = [(name, _data(content)) for name, content in events]
+        self._bytes += sum(len(text) for _, text in texts)
+        self.sink.put(texts, chunk, source)
+        if events:
+            self._has_said = self._has_said or chunk is not None
+            self.begun.set()
+
+    def _end(self, stream: Stream, name: str, told: Mapping[str, Any]) -> None:
+        """The last event of all"""
+        facts = {**told, "request_id": self.request_id, **_facts(stream, self._bytes)}
+        self._put(self._speaker.end(name, facts, stream.usage))
+
+    def _fail(self, stream: Stream, error: Exception) -> str:
+        """Says why there is no more, and gives what came of the stream, for the statistics"""
+        told = _public(_public_code(error), getattr(error, "retry_after", None))
+        with self._lock:
+            if self.may_refuse and not (self.begun.is_set() or self._stopped) and isinstance(error, SheepError):
+                self.refusal = error
+                return "failed"
+        try:
+            if self._stopped not in ("", "CANCELLED"):
+                self._interrupt(_public(self._stopped))
+            elif isinstance(error, StreamCancelled):
+                self._end(stream, "interrupted", _public("CANCELLED"))
+            elif self.sink.is_resumed and not self._has_said:  # what is kept stays open to another try
+                self._interrupt(told, tried=True)
+            else:
+                self._end(stream, "failed", told)
+        except (CheckpointError, StreamCancelled) as failure:
+            _log.warning("request %s: its end cannot be told: %s", self.request_id, failure)
+        return "aborted" if self._stopped else "failed"
+
+    def _interrupt(self, told: Mapping[str, Any], tried: bool = False) -> None:
+        """Says that it has ended here, and may go on elsewhere; ``tried`` if it was to go on here"""
+        events = self._speaker.end("interrupted", {**told, "request_id": self.request_id}, None)
+        self.sink.interrupt([(name, _data(content)) for name, content in events], tried)
+
+    def look(self) -> None:
+        """Whether somebody wants it ended, or nobody wants it any more"""
+        now = time.monotonic()
+        if _relaying.is_followed(self.id):
+            self._heard_at = now
+        if now - self._looked_at < self.sink.look_every:
+            return
+        self._looked_at = now
+        try:
+            asked_to_stop, is_followed = self.sink.look()
+        except CheckpointError as error:
+            _log.warning("request %s: %s", self.request_id, error)
+            self.stop("PRODUCER_LOST")
+            return
+        if asked_to_stop:
+            self.stop("CANCELLED")
+        if is_followed:
+            self._heard_at = now
+        if self._grace is not None and now - self._heard_at > self._grace:
+            _log.debug("request %s: nobody came back for %s s", self.request_id, self._grace)
+            self.stop("ABANDONED")
+
+
+def _own_event_id(chunk: Chunk, stream: Stream) -> str:
+    """The id of the upstream event that a chunk is of, "" where that came without one of its own"""
+    return chunk.event_id if stream._call._events.has_own_id else ""
+
+
+def _facts(stream: Stream, size: int) -> dict[str, Any]:
+    """What a page is told of a stream at its end; seconds, and bytes of the events"""
+    stats, cost = stream.stats, stream.cost
+    return {
+        "model": stream.model,
+        "finish_reason": stream.finish_reason,
+        "continuity": stream.continuity,
+        "duration": round(stats.elapsed, 4),
+        "ttft": None if stats.ttft is None else round(stats.ttft, 4),
+        "chunks": stats.chunks,
+        "bytes": size,
+        "bytes_per_second": round(size / stats.elapsed) if stats.elapsed else None,
+        "tokens_per_second": None if stats.tokens_per_second is None else round(stats.tokens_per_second, 1),
+        "usage": _plain_usage(stream.usage),
+        "cost": None if cost is None else str(cost),
+    }
+
+
+class _Pipe:
+    """Events from a production to the one client there is: some wait, then the production does"""
+
+    #: events that may wait
+    _MOST = 256
+    is_resumed = False
+    look_every = 1.0
+
+    def __init__(self, patience: float) -> None:
+        self._events: collections.deque[_Event] = collections.deque()
+        self._changed = threading.Condition()
+        self._patience = patience
+        self._number = 0
+        self._ended = self._left = False
+
+    # For the production
+
+    def put(self, events: Sequence[tuple[str, str]], chunk: Chunk | None = None, source: str | None = None) -> None:
+        for name, data in events:
+            self._number += 1
+            self._add(_Event(name, data, self._number))
+
+    def interrupt(self, events: Sequence[tuple[str, str]], tried: bool = False) -> None:
+        for name, data in events:
+            self._add(_Event(name, data))
+
+    def _add(self, event: _Event) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._left or len(self._events) < self._MOST, self._patience):
+                self._left = True  # it has not gone, but takes nothing
+                raise StreamCancelled(f"the client has taken nothing for {self._patience} seconds")
+            if not self._left:
+                self._events.append(event)
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def discard(self) -> None:
+        """Nothing is kept"""
+
+    def forget(self) -> None:
+        """Nothing is held"""
+
+    def look(self) -> tuple[bool, bool]:
+        return False, True
+
+    # For the relay
+
+    def read(self, timeout: float) -> list[_Event] | None:
+        """Some events, none if there is none in time; None at the end"""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left or self._ended or self._events, timeout)
+            events = [] if self._left else list(self._events)
+            self._events.clear()
+            self._changed.notify_all()
+            return events or (None if self._left or self._ended else [])
+
+    def cut(self, told: str) -> None:
+        """The production says itself why it ends"""
+
+    def look_on(self) -> None:
+        """There is nothing to look for: the production rings"""
+
+    def leave(self) -> None:
+        """Nobody reads any more: what waits is given up, and the production does not wait"""
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        self.leave()
+
+
+# The journal as a folder
+
+
+class _Journaled(NamedTuple):
+    """What is kept of a stream whose producer has gone"""
+
+    header: Mapping[str, Any]
+    #: how many events there are
+    number: int
+    is_final: bool
+    #: where to go on, None where there is nothing yet
+    point: ResumePoint | None
+    #: how often it was to go on since its last event, in vain
+    tries: int
+
+
+def _journaled(contents: Sequence[Mapping[str, Any]]) -> _Journaled:
+    """What the lines of a journal say: its header, then events, and what else was said of the answer"""
+    answer, ids, number, is_final, tries = _Answer(), [], 0, False, 0
+    for line in contents[1:]:
+        if "interrupted" in line:
+            tries += line.get("tried", False)
+            continue
+        chunk = _chunk_of_fields(dict(line["chunk"])) if "chunk" in line else Chunk()
+        if "event" in line:
+            number, tries = number + 1, 0
+            is_final = _Event(line["event"], "", number).is_final
+            chunk = _chunk_of_event(line["event"], line["data"])
+        answer.add(chunk._replace(event_id=line.get("from", "")))
+        ids.append(line.get("from"))  # the last line alone of those that came of one event of upstream
+    known = [id for id in ids if id is not None]
+    marks = _marks_of(known) if ids and ids[-1] is not None else []
+    return _Journaled(contents[0], number, is_final, answer.resume_point(marks) if answer.given else None, tries)
+
+
+def _interruption(events: Sequence[tuple[str, str]], tried: bool) -> dict[str, Any]:
+    """The line that says why there is no more for now; no event of the stream, which may go on"""
+    ((_, told),) = events
+    return {"interrupted": told, **({"tried": True} if tried else {})}
+
+
+def _lines_of(
+    events: Sequence[tuple[str, str]], chunk: Chunk | None, source: str | None, known: set[str]
+) -> list[dict[str, Any]]:
+    """The lines that keep events, and what else the chunk says that they came of; ``known`` has what was kept"""
+    lines: list[dict[str, Any]] = []
+    if chunk is not None:
+        said = {name: getattr(chunk, name) for name in ("id", "model") if name not in known and getattr(chunk, name)}
+        known.update(said)
+        if said or chunk.finish_reason or chunk.usage or chunk.vendor:
+            rest = Chunk(finish_reason=chunk.finish_reason, finish=chunk.finish, usage=chunk.usage, **said)
+            lines.append({"chunk": _chunk_fields(rest._replace(vendor=chunk.vendor))})
+    lines += [{"event": name, "data": data} for name, data in events]
+    if source and not lines:
+        lines.append({"chunk": {}})
+    if source is not None and lines:
+        lines[-1]["from"] = source
+    return lines
+
+
+class _FileLog:
+    """Events from a production to a file, which any process may follow"""
+
+    look_every = 0.0
+
+    def __init__(self, id: str, lines: _Lines, mark: str, resumed: _Journaled | None = None) -> None:
+        self.is_resumed = resumed is not None
+        self.resumed = resumed
+        self._id = id
+        self._lines = lines
+        self._mark = mark
+        self._known: set[str] = set()
+        self._seen: int | None = None
+
+    def put(self, events: Sequence[tuple[str, str]], chunk: Chunk | None = None, source: str | None = None) -> None:
+        self._write(_lines_of(events, chunk, source, self._known))
+
+    def interrupt(self, events: Sequence[tuple[str, str]], tried: bool = False) -> None:
+        self._write([_interruption(events, tried)])
+
+    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        for line in lines:  # each by a write of its own: of one that fails nothing must have been read
+            self._lines.write([_journal_json(line)])
+            _relaying.ring(self._id)
+
+    def forget(self) -> None:
+        """The lock is of the process that has it; a copy of its file must not keep it"""
+        self._lines.close()
+
+    def end(self) -> None:
+        self._lines.close()
+
+    def discard(self) -> None:
+        """Removes what nobody knows of"""
+        _remove(self._lines._writable(), self._lines._path)
+        os.unlink(self._mark)
+
+    def look(self) -> tuple[bool, bool]:
+        """Whether somebody asked to stop, and whether a process has said of late that it follows"""
+        try:
+            mark = os.stat(self._mark)
+        except FileNotFoundError:
+            return False, False
+        before, self._seen = self._seen, mark.st_mtime_ns
+        return mark.st_size > 0, before not in (None, mark.st_mtime_ns)
+
+
+class _FileTail:
+    """The events of a file as they are written, by whichever process"""
+
+    def __init__(self, id: str, file: io.FileIO, path: str, mark: str) -> None:
+        self.bell = threading.Event()
+        self._id = id
+        self._file = file
+        self._path = path
+        self._mark = mark
+        self._size = self._checksum = 0  # of what was read
+        self._number = 0
+        self._events: collections.deque[_Event] = collections.deque()
+        self._interrupted = ""  # what was said of that, after the last event
+        self._cut = ""  # what this process says of it
+        self._left = False
+        #: whether the last event was given, or there is none to come
+        self.is_over = False
+        self._looked_at = 0.0
+        headers = self._read_lines()
+        self.header: Mapping[str, Any] = headers[0] if headers else {}
+        self._take(headers[1:])
+        _relaying.follow(id, self)
+
+    def _read_lines(self) -> list[Any]:
+        """The whole lines of the next block; a torn one may be cut off and written anew"""
+        size = _BLOCK
+        block = os.pread(self._file.fileno(), size, self._size)
+        while len(block) == size and b"\n" not in block:
+            size *= 2
+            block = os.pread(self._file.fileno(), size, self._size)
+        lines = block.split(b"\n")[:-1]
+        contents, size, self._checksum = _good_lines(lines, self._path, self._checksum)
+        self._size += size
+        if len(contents) < len(lines):
+            raise _damaged(self._path, "a line is not as it was written")
+        return contents
+
+    def _take(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        for line in lines:
+            if "event" in line:
+                self._number += 1
+                self._events.append(_Event(line["event"], line["data"], self._number))
+                self._interrupted = ""
+            self._interrupted = line.get("interrupted", self._interrupted)
+
+    def skip(self, after: int) -> bool:
+        """Leaves out the events up to one; whether there is that one"""
+        size = -1
+        while self._number < after and size != self._size:
+            size = self._size
+            self._events.clear()
+            self._take(self._read_lines())
+        while self._events and (self._events[0].number or 0) < after:
+            self._events.popleft()
+        if after and self._events and self._events[0].number == after:
+            self.is_over = self._events.popleft().is_final
+        return self._number >= after
+
+    def read(self, timeout: float) -> list[_Event] | None:
+        """Some events, none if there is none in time; None at the end"""
+        until = time.monotonic() + timeout
+        while not (self._left or self.is_over):
+            self.bell.clear()
+            is_dead = self._cut or self._is_dead()  # asked before reading: what it wrote last is read then
+            self._fill()
+            if self._events:
+                events = list(self._events)
+                self._events.clear()
+                self.is_over = events[-1].is_final
+                return events
+            if is_dead:
+                self.is_over = True
+                return [_Event("interrupted", self._cut or self._interrupted or _data(_public("PRODUCER_LOST")))]
+            if not self.bell.wait(until - time.monotonic()):
+                return []
+        return None
+
+    def has_ended(self) -> bool:
+        """Whether nothing is to come but that, unless somebody goes on with it"""
+        is_dead = self._is_dead()
+        self._fill()
+        return self.is_over or (is_dead and not self._events)
+
+    def _fill(self) -> None:
+        """Takes the next events there are, where none waits"""
+        size = -1
+        while not self._events and size != self._size:
+            size = self._size
+            self._take(self._read_lines())
+
+    def _is_dead(self) -> bool:
+        """Whether nobody writes: a producer holds the lock, which ends with its process, however that ends"""
+        return self._id not in _relaying.productions and _is_free(self._file)
+
+    def cut(self, told: str) -> None:
+        """This process goes down"""
+        self._cut = told
+        self.bell.set()
+
+    def look_on(self) -> None:
+        """Rings for what another process has written; tells its producer that somebody follows"""
+        if self._id in _relaying.productions or self._left:
+            return
+        if os.fstat(self._file.fileno()).st_size > self._size:
+            self.bell.set()
+        now = time.monotonic()
+        if now - self._looked_at >= _LOOK_CLOSER_EVERY:
+            self._looked_at = now
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self._mark)
+            if _is_free(self._file):
+                self.bell.set()
+
+    def leave(self) -> None:
+        """Nobody reads any more"""
+        self._left = True
+        self.bell.set()
+
+    def close(self) -> None:
+        self.leave()
+        _relaying.unfollow(self._id, self)
+        self._file.close()
+
+
+def _is_free(file: io.FileIO) -> bool:
+    """Whether nobody has locked a file to write"""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return True
+
+
+def _make_mark(mark: str) -> None:
+    """Makes the file by which others ask to stop, and say that they follow, unless it is there"""
+    file = _opened(mark, os.O_RDWR | os.O_CREAT)
+    assert file is not None  # for it is made where there is none
+    file.close()
+
+
+class _Folder:
+    """Streams as files in a folder, for all processes of a machine"""
+
+    def __init__(self, folder: str | os.PathLike[str], max_age: float) -> None:
+        try:
+            import fcntl  # noqa: F401
+        except ImportError as error:
+            raise ValueError("journal= needs the file locks of POSIX: redis= works on any system") from error
+        self._folder = os.fsdecode(folder)
+        self._max_age = max_age
+        self._expired_at = 0.0
+
+    def _paths(self, id: str) -> tuple[str, str]:
+        return os.path.join(self._folder, f"{id}.relay"), os.path.join(self._folder, f"{id}.mark")
+
+    def begin(self, id: str, header: Mapping[str, Any]) -> _FileLog:
+        path, mark = self._paths(id)
+        _make_folder(path)
+        self._expire()
+        lines = _Lines(path, header, _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), (0, 0))
+        try:
+            _make_mark(mark)
+            lines.write([])
+        except BaseException:
+            lines.close()
+            raise
+        return _FileLog(id, lines, mark)
+
+    def take_over(self, id: str) -> _FileLog | None:
+        """The log of a stream whose producer has gone; None where another has it, or all is there"""
+        path, mark = self._paths(id)
+        file = self._locked(path)
+        if file is None:
+            return None
+        try:
+            *lines, _ = _read_whole(file, path).split(b"\n")
+            contents, size, checksum = _good_lines(lines, path)
+            if len(contents) < len(lines):
+                raise _damaged(path, f"line {len(contents) + 1} is not as it was written")
+            kept = _journaled(contents)
+            if not kept.is_final:
+                _make_mark(mark)
+                return _FileLog(id, _Lines(path, kept.header, file, (size, checksum)), mark, kept)
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        return None
+
+    def _locked(self, path: str) -> io.FileIO | None:
+        """The file for one who writes; None where another does"""
+        while True:
+            try:
+                return _locked(path, os.O_RDWR | os.O_APPEND)
+            except CheckpointError as error:
+                if not error.retryable:
+                    raise
+                with io.FileIO(path) as file:  # perhaps a follower was just looking whether it is free
+                    if not _is_free(file):
+                        return None
+
+    def open(self, id: str) -> _FileTail | None:
+        path, mark = self._paths(id)
+        file = _opened(path, os.O_RDONLY)
+        if file is None:
+            return None
+        try:
+            return _FileTail(id, file, path, mark)
+        except BaseException:
+            file.close()
+            raise
+
+    def stop(self, id: str) -> None:
+        """Asks the producer to stop, whichever process that is"""
+        with open(self._paths(id)[1], "ab") as mark:
+            mark.write(b"stop")
+
+    def _expire(self) -> None:
+        """Removes what was written last too long ago, and is not being written"""
+        now = time.time()
+        if now - self._expired_at < 60:
+            return
+        self._expired_at = now
+        for name in os.listdir(self._folder):
+            id, _, kind = name.partition(".")
+            path, mark = self._paths(id)
+            file = self._expired(path, now) if kind == "relay" else None
+            if file is not None:
+                with file:
+                    _remove(file, path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(mark)
+
+    def _expired(self, path: str, now: float) -> io.FileIO | None:
+        """A file that is to be removed, locked"""
+        try:
+            is_old = now - os.stat(path).st_mtime >= self._max_age
+            return _locked(path, os.O_RDWR | os.O_APPEND) if is_old else None
+        except (FileNotFoundError, CheckpointError):  # removed meanwhile, or in use
+            return None
+
+
+# The journal in Redis
+
+
+class _RedisLog:
+    """Events from a production to a Redis stream, which any process on any machine may follow
+
+    It writes as long as it is the owner, which it says again and again: one that was taken for dead, and whose stream
+    another goes on with, is refused. An entry's id is the number of its event, and what is no event comes after it
+    (https://redis.io/docs/latest/commands/xadd/), so that what was written already, when the reply was lost, can be
+    written again.
+    """
+
+    #: seconds for which a producer is taken for alive after it last said so
+    LEASE = 1.0
+    look_every = 0.0
+    _WRITE = """
+        local owner = redis.call('get', KEYS[2])
+        if owner and owner ~= ARGV[1] then return 0 end
+        redis.call('set', KEYS[2], ARGV[1], 'px', ARGV[2])
+        for i = 4, #ARGV, 2 do
+            local added = redis.pcall('xadd', KEYS[1], ARGV[i], 'line', ARGV[i + 1])
+            if type(added) == 'table' and added.err and not string.find(added.err, 'equal or smaller', 1, true) then
+                return added
+            end
+        end
+        redis.call('expire', KEYS[1], ARGV[3])
+        return 1"""
+    _END = """
+        redis.call('expire', KEYS[1], ARGV[2])
+        if redis.call('get', KEYS[2]) == ARGV[1] then redis.call('del', KEYS[2]) end"""
+
+    def __init__(
+        self, store: _Redis, id: str, token: str, resumed: _Journaled | None = None, last: str = "0-0"
+    ) -> None:
+        self.is_resumed = resumed is not None
+        self.resumed = resumed
+        self.key = _redis_key(id)
+        self.seen: Any = None
+        #: what the last look of the store has found: whether it is the owner, whether to stop, who follows
+        self.found: tuple[Any, Any, Any] = 1, None, None
+        self._store = store
+        self._token = token
+        self._known: set[str] = set()
+        self._number, self._part = map(int, last.split("-"))
+
+    def arguments(self, *lines: str) -> tuple[Any, ...]:
+        """Of a script that says it is alive, and writes lines with their ids"""
+        lease = math.ceil(self.LEASE * 1000)
+        return self._WRITE, 2, self.key, f"{self.key}:owner", self._token, lease, self._store.max_age, *lines
+
+    def put(self, events: Sequence[tuple[str, str]], chunk: Chunk | None = None, source: str | None = None) -> None:
+        self.write(_lines_of(events, chunk, source, self._known))
+
+    def interrupt(self, events: Sequence[tuple[str, str]], tried: bool = False) -> None:
+        self.write([_interruption(events, tried)])
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        number, part, entries = self._number, self._part, []
+        for line in lines:
+            number, part = (number + 1, 0) if "event" in line else (number, part + 1)
+            entries += [f"{number}-{part}", _journal_json(line)]
+        if entries and not self._written(entries):
+            raise CheckpointError("another process goes on with the stream")
+        self._number, self._part = number, part
+
+    def _written(self, entries: Sequence[str]) -> Any:
+        try:
+            with _redis_errors():
+                return self._store.redis.eval(*self.arguments(*entries))
+        except CheckpointError as error:
+            _log.debug("%s: %s", self.key, error)
+        with _redis_errors():
+            return self._store.redis.eval(*self.arguments(*entries))
+
+    def end(self) -> None:
+        self._store.discard(self)
+        with _redis_errors():
+            self._store.redis.eval(self._END, 2, self.key, f"{self.key}:owner", self._token, self._store.max_age)
+
+    def discard(self) -> None:
+        with _redis_errors():
+            self._store.redis.delete(self.key)
+
+    def forget(self) -> None:
+        """Redis knows of the owner alone"""
+
+    def look(self) -> tuple[bool, bool]:
+        """Whether somebody asked to stop, and whether a process has said of late that it follows"""
+        self._store.look()
+        is_owner, stop, seen = self.found
+        if not is_owner:
+            raise CheckpointError("another process goes on with the stream")
+        before, self.seen = self.seen, seen
+        return stop is not None, seen not in (None, before)
+
+
+class _RedisTail:
+    """The events of a Redis stream as they are written"""
+
+    _WAIT = 0.1
+
+    def __init__(self, store: _Redis, id: str, header: Mapping[str, Any]) -> None:
+        self.header = header
+        self._store, self._redis = store, store.redis
+        self._key = _redis_key(id)
+        self._last = "0-1"
+        self._number = 0
+        self._events: list[_Event] = []
+        self._interrupted = self._cut = ""
+        self._left = False
+        self._was_alive = True
+        self._seen_at = 0.0
+        self.is_over = False
+
+    def skip(self, after: int) -> bool:
+        """Leaves out the events up to one; whether there is that one"""
+        if not after:
+            return True
+        with _redis_errors():
+            found = self._redis.xrange(self._key, f"{after}-0", f"{after}-0")
+        if found:
+            line = _line_of(found[0][1])
+            self.is_over = _Event(line["event"], "", after).is_final
+            self._number, self._last = after, f"{after}-0"
+        return bool(found)
+
+    def has_ended(self) -> bool:
+        """Whether nothing is to come but that, unless somebody goes on with it"""
+        with _redis_errors():
+            is_alive = self._redis.exists(f"{self._key}:owner")
+            self._take()
+        return self.is_over or not (is_alive or self._events)
+
+    def read(self, timeout: float) -> list[_Event] | None:
+        """Some events, none if there is none in time; None at the end"""
+        until = time.monotonic() + timeout
+        while not (self._left or self.is_over):
+            with _redis_errors():
+                self._await()
+            if self._events:
+                events, self._events = self._events, []
+                self.is_over = events[-1].is_final
+                return events
+            if self._cut or not self._was_alive:
+                self.is_over = True
+                return [_Event("interrupted", self._cut or self._interrupted or _data(_public("PRODUCER_LOST")))]
+            if time.monotonic() >= until:
+                return []
+        return None
+
+    def _await(self) -> None:
+        """Takes what comes within a while; where nothing does, looks whether it still may"""
+        self._say_that_it_follows()
+        came = self._events or self._redis.xread({self._key: self._last}, count=1, block=math.ceil(self._WAIT * 1000))
+        if not came:
+            self._was_alive = bool(self._redis.exists(f"{self._key}:owner"))
+        if came or not self._was_alive:
+            self._take()
+
+    def _take(self) -> None:
+        for id, fields in self._redis.xrange(self._key, f"({self._last}", count=100):
+            line, last = _line_of(fields), _text_of(id)
+            if "event" in line:
+                if not last.startswith(f"{self._number + 1}-"):
+                    if self._events:  # first those before it
+                        return
+                    raise CheckpointError(f"Redis has lost event {self._number + 1} of a stream")
+                self._number += 1
+                self._events.append(_Event(line["event"], line["data"], self._number))
+                self._interrupted = ""
+            self._interrupted = line.get("interrupted", self._interrupted)
+            self._last = last
+
+    def _say_that_it_follows(self) -> None:
+        now = time.monotonic()
+        if now - self._seen_at >= _LOOK_CLOSER_EVERY:
+            self._seen_at = now
+            with self._redis.pipeline() as pipe:
+                pipe.incr(f"{self._key}:seen")
+                pipe.expire(f"{self._key}:seen", self._store.max_age)
+                pipe.execute()
+
+    def cut(self, told: str) -> None:
+        """This process goes down"""
+        self._cut = told
+
+    def look_on(self) -> None:
+        """There is nothing to look for: it waits for Redis"""
+
+    def leave(self) -> None:
+        """Nobody reads any more"""
+        self._left = True
+
+    def close(self) -> None:
+        self.leave()
+
+
+def _redis_key(id: str) -> str:
+    """The key that all others of a stream begin with; what is in braces puts them in one place of a cluster"""
+    return f"sheepsse:{{{id}}}"
+
+
+def _text_of(value: Any) -> str:
+    """What Redis gives, whether its client decodes or not"""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _line_of(fields: Mapping[Any, Any]) -> Any:
+    (line,) = fields.values()
+    return json.loads(line)
+
+
+@contextlib.contextmanager
+def _redis_errors() -> Iterator[None]:
+    """What Redis cannot do is a CheckpointError"""
+    import redis  # type: ignore[import-not-found,unused-ignore]  # an extra
+
+    try:
+        yield
+    except redis.RedisError as error:
+        raise CheckpointError(f"the journal in Redis cannot be used: {type(error).__name__}") from error
+
+
+class _Redis:
+    """Streams in Redis, from 6.2 on, for all processes of all machines that share it"""
+
+    def __init__(self, redis: Any, max_age: float) -> None:
+        try:
+            from redis import Redis  # type: ignore[import-not-found,unused-ignore]  # an extra
+        except ImportError as error:
+            raise MissingExtraError("redis= needs the package redis: pip install 'sheepsse[redis]'") from error
+        self.redis = redis
+        if isinstance(redis, str):
+            self.redis = Redis.from_url(redis, socket_timeout=5, socket_connect_timeout=5)
+            weakref.finalize(self, self.redis.close)
+        self.max_age = math.ceil(max_age)
+        #: those that this process writes; any thread may add one while the watcher looks
+        self._logs: set[_RedisLog] = set()
+        self._lock = threading.Lock()
+        self._looked_at = 0.0
+
+    def begin(self, id: str, header: Mapping[str, Any]) -> _RedisLog:
+        log = _RedisLog(self, id, os.urandom(8).hex())
+        log.write([{"sheepsse": _JOURNAL_VERSION, **header}])
+        self.add(log)
+        return log
+
+    def add(self, log: _RedisLog) -> None:
+        with self._lock:
+            self._logs.add(log)
+
+    def discard(self, log: _RedisLog) -> None:
+        with self._lock:
+            self._logs.discard(log)
+
+    def take_over(self, id: str) -> _RedisLog | None:
+        """The log of a stream whose producer has gone; None where another has it, or all is there"""
+        token, lease, key = os.urandom(8).hex(), math.ceil(_RedisLog.LEASE * 1000), _redis_key(id)
+        with _redis_errors():
+            if not self.redis.set(f"{key}:owner", token, nx=True, px=lease):
+                return None
+            entries = self.redis.xrange(key)
+        kept = _journaled([_line_of(fields) for _, fields in entries])
+        log = _RedisLog(self, id, token, kept, _text_of(entries[-1][0]))
+        if kept.is_final:
+            log.end()
+            return None
+        self.add(log)
+        return log
+
+    def open(self, id: str) -> _RedisTail | None:
+        with _redis_errors():
+            first = self.redis.xrange(_redis_key(id), count=1)
+        return _RedisTail(self, id, _line_of(first[0][1])) if first else None
+
+    def stop(self, id: str) -> None:
+        """Asks the producer to stop, on whichever machine that is"""
+        with _redis_errors():
+            self.redis.set(f"{_redis_key(id)}:stop", 1, ex=self.max_age)
+
+    def look(self) -> None:
+        """Says that all logs of this process have their producers, and looks what is asked of them, at once"""
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_CLOSER_EVERY / 2:
+            return
+        with self._lock:
+            logs = list(self._logs)
+        found: list[Any] = [0, (None, None)] * len(logs)  # so none is waited for again where Redis is gone
+        try:
+            with _redis_errors(), self.redis.pipeline(transaction=False) as pipe:
+                for log in logs:
+                    pipe.eval(*log.arguments())
+                    pipe.mget(f"{log.key}:stop", f"{log.key}:seen")
+                found = pipe.execute()
+        finally:
+            self._looked_at = time.monotonic()
+            for log, is_owner, marks in zip(logs, found[::2], found[1::2]):
+                log.found = is_owner, *marks
+
+
+# What a WSGI server iterates
+
+
+class Relay:
+    """A stream as a WSGI server sends it: an iterator of bytes, each a whole number of events, with ``close()``
+
+    Made by ``relay()``. Belongs to one thread.
+    """
+
+    def __init__(
+        self,
+        source: _Pipe | _FileTail | _RedisTail,
+        id: str,
+        heartbeat: float,
+        retry: int | None = None,
+        production: _Production | None = None,
+        stream: Stream | None = None,
+    ) -> None:
+        #: the stream's id, with which the ids of its events begin; nobody can guess it
+        self.id = id
+        self._ids = id
+        self._source = source
+        self._heartbeat = heartbeat
+        self.first = b"" if retry is None else b"retry: %d\n\n" % retry  # before all events
+        self._production, self._stream = production, stream
+        self._started = self._closed = False
+        self._has_gone: Callable[[], bool] | None = None
+        self._lock = threading.Lock()  # the watcher looks, or it is closed
+        self._traffic: _Traffic | None = None
+
+    def start(self, environ: Mapping[str, Any] | None = None) -> Relay:
+        """Asks for the stream, and waits for its first event, ``heartbeat`` seconds at most; gives itself
+
+        Raises the error that comes instead, so that an answer can have its status; once this has returned, or where
+        it is not called, an error is an event, ``failed``. With the request's WSGI ``environ`` a client that goes
+        away is noticed at once where the server shows its socket (gunicorn, Werkzeug from 2.0 on), else by a write
+        that fails; and one that takes nothing for two heartbeats is given up (Linux).
+        """
+        if self._closed or self._started:
+            return self
+        self._attend(environ or {})
+        try:
+            self._begin(may_refuse=True)
+            if self._production is not None:
+                self._production.await_first(self._heartbeat)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _begin(self, may_refuse: bool) -> None:
+        self._started = True
+        _relaying.add(self)
+        if self._production is not None and self._stream is not None:
+            self._production.may_refuse = may_refuse
+            self._production.start(self._stream)
+
+    def _attend(self, environ: Mapping[str, Any]) -> None:
+        """Looks after the client's socket"""
+        sock = next((environ[name] for name in _SOCKETS if environ.get(name) is not None), None)
+        self._has_gone = environ.get("waitress.client_disconnected")
+        if sock is None:
+            return
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            with contextlib.suppress(OSError):  # not TCP
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(self._heartbeat * 2000))
+        if not hasattr(sock, "pending"):  # TLS cannot be looked into
+            self._has_gone = functools.partial(_is_closed, sock)
+
+    def __iter__(self) -> Relay:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._closed:
+            raise StopIteration
+        if not self._started:
+            self._begin(may_refuse=False)
+        try:
+            events = self._source.read(self._heartbeat)
+        except CheckpointError as error:
+            _log.warning("stream %s: %s", self.id, error)
+            self._source.leave()
+            events = [_Event("interrupted", _data(_public("PRODUCER_LOST")))]
+        if events is None:
+            self.close()
+            raise StopIteration
+        block = b"".join(event.encoded(self._ids) for event in events) or b": heartbeat\n\n"
+        block, self.first = self.first + block, b""
+        if self._traffic is not None:
+            self._traffic.sent(len(block))
+        return block
+
+    def look(self) -> None:
+        """Whether the client has gone; called by the watcher"""
+        with self._lock:
+            if self._closed:
+                return
+            self._source.look_on()
+            has_gone = self._has_gone is not None and self._has_gone()
+        if has_gone:
+            _log.debug("stream %s: its client has gone", self.id)
+            _relaying.remove(self)
+            self._source.leave()
+            if self._production is not None:
+                self._production.stop("ABANDONED")
+
+    def interrupt(self, code: str) -> None:
+        """Ends it for its client, who may go on with it elsewhere"""
+        self._source.cut(_data(_public(code)))
+
+    def close(self) -> None:
+        """Lets go of all; the stream ends too, unless it is kept; may be called again"""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        _relaying.remove(self)
+        _leave(self._source, self._production)
+
+    def __del__(self) -> None:
+        if not self._closed and self._started:
+            _relaying.dropped.append((self._source, self._production))
+
+
+def _leave(source: _Pipe | _FileTail | _RedisTail, production: _Production | None) -> None:
+    """Nobody reads any more; only what is kept goes on"""
+    source.close()
+    if production is not None:
+        production.stop("ABANDONED")
+
+
+#: where a WSGI server shows the client's socket
+_SOCKETS = ("gunicorn.socket", "werkzeug.socket", "sheepsse.socket")
+
+
+def _is_closed(sock: socket.socket) -> bool:
+    """Whether the other side has closed a connection of which nothing is to be read"""
+    from urllib3.util.wait import wait_for_read
+
+    try:
+        return wait_for_read(sock, timeout=0) and sock.recv(1, socket.MSG_PEEK) == b""
+    except (OSError, ValueError):  # reset; or closed here
+        return True
+
+
+def relay(
+    stream: Stream, *, heartbeat: float = 15, retry: int | None = None, ids: bool = True, events: str = "named"
+) -> Relay:
+    """A Stream as Server-Sent Events for a browser: what a view or a WSGI application returns, with SSE_HEADERS
+
+        def application(environ, start_response):
+            answer = sheepsse.relay(client.stream("Explain SSE")).start(environ)
+            start_response("200 OK", list(sheepsse.SSE_HEADERS.items()))
+            return answer
+
+    The stream is read in a thread of its own, 256 events ahead of the client at most; where there is none for
+    ``heartbeat`` seconds a comment is sent, by which a client that has gone is noticed, and its stream ended. The
+    events are ``message``, ``reasoning`` and ``refusal`` with ``{"content": ...}``, ``tool_calls``, ``queued`` with
+    the place in the queue of its Limiter, and at last always one of ``done`` (with usage and times), ``failed`` or
+    ``interrupted`` (with ``code`` and ``message``, which hold nothing of upstream). Or, with ``events="openai"``, the
+    chunks of OpenAI's Chat Completions up to ``[DONE]``. ``retry`` is how many milliseconds an EventSource waits
+    before it comes again. With ``ids`` each has one, ``<id>:<n>``.
+    """
+    speakers: dict[str, type[_NamedEvents | _CompletionEvents]] = {"named": _NamedEvents, "openai": _CompletionEvents}
+    if not isinstance(stream, Stream):
+        raise TypeError(f"relay takes a Stream, as client.stream(...) gives, got {type(stream).__name__}")
+    if events not in speakers:
+        raise ValueError(f"events is 'named' or 'openai', got {events!r}")
+    if retry is not None and not (isinstance(retry, int) and retry >= 0):
+        raise ValueError(f"retry is a whole number of milliseconds, got {retry!r}")
+    _checked_seconds("heartbeat", heartbeat)
+    id = os.urandom(16).hex()
+    pipe = _Pipe(2 * heartbeat)
+    made = Relay(pipe, id, heartbeat, retry, _Production(id, pipe, speakers[events]()), stream)
+    made._ids = id if ids else ""
+    return made
+
+
+def _checked_seconds(name: str, seconds: float, least: float = 0.001) -> float:
+    if not least <= seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"{name} is a number of seconds, from {least:g} on, got {seconds!r}")
+    return seconds
+
+
+_relaying = _Relaying()
+with contextlib.suppress(AttributeError):  # Windows does not fork
+    os.register_at_fork(after_in_child=_relaying.forget)
+
+
+# The routes
+
+
+class _Traffic:
+    """What became of the streams of one application in this process"""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since = time.monotonic()
+        self._began: collections.deque[float] = collections.deque()
+        self._active = self._bytes = 0
+        self._ended = {"done": 0, "failed": 0, "aborted": 0}
+        self._ttft = _Sample()
+
+    def began(self) -> None:
+        with self._lock:
+            self._active += 1
+            self._began.append(time.monotonic())
+            self._forget()
+
+    def _forget(self) -> None:
+        while self._began and time.monotonic() - self._began[0] > 60:
+            self._began.popleft()
+
+    def sent(self, size: int) -> None:
+        with self._lock:
+            self._bytes += size
+
+    def ended(self, how: str, ttft: float | None) -> None:
+        with self._lock:
+            self._active -= 1
+            self._ended[how] += 1
+            if ttft is not None:
+                self._ttft.add(ttft)
+
+    def uptime(self) -> float:
+        return round(time.monotonic() - self._since, 3)
+
+    def stats(self) -> dict[str, Any]:
+        with self._lock:
+            self._forget()
+            ttft = self._ttft.percentiles()
+            return {
+                "active": self._active,
+                "served": self._ended["done"],
+                "failed": self._ended["failed"],
+                "aborted": self._ended["aborted"],
+                "bytes": self._bytes,
+                "requests_this_minute": len(self._began),
+                "ttft": None if ttft is None else dict(zip(("p50", "p90", "p99"), ttft)),
+            }
+
+
+#: how often a stream whose producer has gone is to go on, in vain, until it is given up: each may be billed
+_MOST_TRIES = 3
+
+
+#: seconds after which an EventSource comes again to a stream whose producer has gone
+_LONG_WAIT = 15.0
+
+
+class _Refused(Exception):
+    """A request that is answered by an error in JSON"""
+
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+class _Reply(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: Iterable[bytes]
+
+
+def _json_reply(status: int, content: Any, headers: Mapping[str, str] | None = None) -> _Reply:
+    body = json.dumps(content).encode("ascii") + b"\n"
+    more = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Cache-Control": "no-store"}
+    return _Reply(status, {**more, **(headers or {})}, [body])
+
+
+#: bytes of a body that are read and thrown away, so that a client which still sends reads the refusal
+_MOST_DRAINED = 8 * 1024 * 1024
+
+
+class _Asked:
+    """A request, as WSGI has it"""
+
+    def __init__(self, environ: Mapping[str, Any], who: Callable[[], Any], framework: Any = None) -> None:
+        self.environ = environ
+        self.method: str = environ["REQUEST_METHOD"]
+        self.who = who
+        self._framework = (
+            framework  # its request, of which it may have read the body already: a socket would wait for more
+        )
+        self._unread = self._length() or 0
+        self.request_id = self.header("X-Request-ID")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.request_id):
+            self.request_id = _new_request_id()
+
+    def header(self, name: str) -> str:
+        return str(self.environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
+
+    def _length(self) -> int | None:
+        """The body's, None where only its end tells"""
+        length = self.environ.get("CONTENT_LENGTH") or ""
+        if re.fullmatch("[0-9]{1,18}", length, re.ASCII):
+            return int(length)
+        return None if self.header("Transfer-Encoding") or self.environ.get("wsgi.input_terminated") else 0
+
+    def body(self, most: int) -> bytes:
+        length = self._length()
+        if length is not None and length <= most and self._framework is not None:
+            self._unread = 0
+            data: bytes = _within_limit(self._framework.get_data)
+            return data
+        if length is None and not self.environ.get("wsgi.input_terminated"):
+            raise _Refused(411, "LENGTH_REQUIRED", "a Content-Length is needed")
+        body = b"" if length is not None and length > most else self._read(most + 1 if length is None else length)
+        if len(body) > most or (length or 0) > most:
+            raise _Refused(413, "TOO_LARGE", f"the body is larger than the {most} bytes that are allowed")
+        return body
+
+    def _read(self, count: int) -> bytes:
+        blocks = []
+        source = self.environ["wsgi.input"]
+        if self._framework is not None:
+            source = _within_limit(lambda: self._framework.stream)
+        while count > 0:
+            block = source.read(min(count, _BLOCK))
+            if not block:
+                break
+            blocks.append(block)
+            count -= len(block)
+            self._unread -= len(block)
+        return b"".join(blocks)
+
+    def drain(self) -> None:
+        """Reads what was not read of the body, up to a limit"""
+        left = _MOST_DRAINED
+        with contextlib.suppress(_Refused):
+            while min(left, self._unread) > 0:
+                left -= len(self._read(min(self._unread, _BLOCK))) or left
+
+    def query(self) -> dict[str, str]:
+        from urllib.parse import parse_qsl
+
+        text = self.environ.get("QUERY_STRING", "").encode("latin-1").decode("utf-8", "replace")
+        return dict(parse_qsl(text, keep_blank_values=True, errors="strict"))
+
+    def fields(self, most: int) -> dict[str, Any]:
+        """What is asked, of a query or of JSON"""
+        if self.method == "GET":
+            if len(self.environ.get("QUERY_STRING", "")) > most:
+                raise _Refused(414, "TOO_LARGE", f"the query is longer than the {most} bytes that are allowed")
+            try:
+                return {name: _number_or_text(name, value) for name, value in self.query().items()}
+            except ValueError as error:
+                raise _Refused(400, "INVALID_REQUEST", "the query is no UTF-8, or has too many fields") from error
+        fields = _json(self.body(most))
+        if not isinstance(fields, dict):
+            raise _Refused(400, "INVALID_REQUEST", "expected a JSON object with messages, or a prompt")
+        return fields
+
+    def last_event(self) -> tuple[str, int] | None:
+        """The stream and the number in Last-Event-ID, None where there is none"""
+        text = self.header("Last-Event-ID")
+        found = re.fullmatch(r"([0-9a-f]{32}):([0-9]{1,12})", text, re.ASCII)
+        if text and not found:
+            raise _Refused(400, "INVALID_REQUEST", "Last-Event-ID is none of the ids that were given")
+        return (found.group(1), int(found.group(2))) if found else None
+
+
+def _within_limit(read: Callable[[], Any]) -> Any:
+    """What a framework gives of a body, unless that is above a limit of its own (MAX_CONTENT_LENGTH)"""
+    try:
+        return read()
+    except Exception as error:
+        if getattr(error, "code", None) != 413:
+            raise
+        raise _Refused(413, "TOO_LARGE", "the body is larger than this application allows") from error
+
+
+def _number_or_text(name: str, value: str) -> Any:
+    """A field of a query, of which two are numbers"""
+    if name in ("temperature", "max_tokens"):
+        number = _number(value)
+        whole = number is not None and name == "max_tokens" and number.is_integer()
+        return value if number is None else int(number) if whole else number
+    return value
+
+
+class _Question(NamedTuple):
+    """What a browser may ask of a model"""
+
+    messages: Sequence[Mapping[str, str]]
+    model: str
+    params: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        return _request_key([self.messages, self.model, self.params])
+
+
+class _Asking:
+    """What the routes have in common: who may ask what, and where it is kept"""
+
+    def __init__(
+        self,
+        client: Client | Sequence[Client],
+        *,
+        authorize: Callable[[Any], Any],
+        allowed_origins: Iterable[str] = (),
+        limiter: Any = None,
+        journal: str | os.PathLike[str] | None = None,
+        redis: Any = None,
+        heartbeat: float = 15,
+        grace: float = 30,
+        max_body: int = 256 * 1024,
+        max_tokens: int | None = None,
+        max_duration: float = 3600,
+        max_age: float = 3600,
+        models: Iterable[str] | None = None,
+        system: str | None = None,
+    ) -> None:
+        if not callable(authorize):
+            raise TypeError("authorize is a function that gives who is asking, or None for nobody")
+        if isinstance(allowed_origins, str) or isinstance(models, str):
+            raise TypeError("allowed_origins and models are lists of str")
+        for name, limit in (("max_body", max_body), ("max_tokens", 1 if max_tokens is None else max_tokens)):
+            if not (_is_integer(limit) and limit >= 1):
+                raise ValueError(f"{name} is a whole number, from 1 on, got {limit!r}")
+        if system is not None and not isinstance(system, str):
+            raise TypeError(f"system is a str, got {type(system).__name__}")
+        if journal is not None and redis is not None:
+            raise ValueError("a stream is kept in one place: journal= or redis=, not both")
+        self._client = client
+        self.authorize = authorize
+        self._origins = set(map(_checked_origin, allowed_origins))
+        first = client if isinstance(client, Client) else list(client)[0]
+        # of several clients each keeps to its own
+        self._limiter = first._options.limiter if limiter is None and isinstance(client, Client) else limiter
+        self._heartbeat = _checked_seconds("heartbeat", heartbeat)
+        self._grace = _checked_seconds("grace", grace, 0)
+        self._max_duration = _checked_seconds("max_duration", max_duration)
+        self._max_body, self._max_tokens = max_body, max_tokens
+        self._models = [first.model] if models is None else list(models)
+        self._model = first.model if first.model in self._models else next(iter(self._models), None)
+        self._system = [] if system is None else [{"role": "system", "content": system}]
+        max_age = _checked_seconds("max_age", max_age)
+        self._store: _Folder | _Redis | None = None
+        if journal is not None:
+            self._store = _Folder(journal, max_age)
+        elif redis is not None:
+            self._store = _Redis(redis, max_age)
+        self._traffic = _Traffic()
+        self._has_warned = False
+
+    def reply(self, asked: _Asked, route: str, id: str = "") -> _Reply:
+        """The answer to a request for one of the routes"""
+        try:
+            self._check_origin(asked, route)
+            if asked.method == "OPTIONS":
+                reply = _Reply(204, {"Access-Control-Max-Age": "600"}, [])
+            else:
+                reply = self._handler(asked, route)(asked, id)
+        except _Refused as refusal:
+            error = {"code": refusal.code, "message": refusal.message, "request_id": asked.request_id}
+            reply = _json_reply(refusal.status, {"error": error}, refusal.headers)
+        except SheepError as error:
+            reply = self._failed(error, asked)
+        if not isinstance(reply.body, Relay):
+            asked.drain()
+        return reply._replace(headers={**reply.headers, **self._common_headers(asked)})
+
+    def _handler(self, asked: _Asked, route: str) -> Callable[[_Asked, str], _Reply]:
+        routes = {
+            "stream": {"POST": self._ask, "GET": self._ask_by_query},
+            "follow": {"GET": self._follow},
+            "stop": {"POST": self._stop},
+            "health": {"GET": self._health, "HEAD": self._health},
+            "stats": {"GET": self._stats},
+        }
+        methods = routes[route]
+        if asked.method not in methods:
+            allowed = ", ".join([*methods, "OPTIONS"])
+            raise _Refused(405, "METHOD_NOT_ALLOWED", f"this takes {allowed}", Allow=allowed)
+        return methods[asked.method]
+
+    # Who asks
+
+    def _check_origin(self, asked: _Asked, route: str) -> None:
+        """Refuses a page of somewhere else: before anything is done, for its browser sends cookies along"""
+        origin = asked.header("Origin")
+        if origin and route != "health" and not self._is_allowed(asked):
+            raise _Refused(403, "FORBIDDEN_ORIGIN", "pages of this origin may not ask here")
+
+    def _is_allowed(self, asked: _Asked) -> bool:
+        """Whether the request comes of a page of an allowed origin, or of this host"""
+        origin = asked.header("Origin").lower()
+        if origin in self._origins:
+            return True
+        scheme, _, host = origin.partition("://")
+        # behind a proxy that speaks https the scheme here is http
+        schemes = ("https",) if asked.environ.get("wsgi.url_scheme") == "https" else ("http", "https")
+        return bool(host) and scheme in schemes and _without_port(host) == _without_port(asked.header("Host"))
+
+    def _common_headers(self, asked: _Asked) -> dict[str, str]:
+        headers = {"X-Request-ID": asked.request_id, "Vary": "Origin"}
+        if asked.header("Origin") and self._is_allowed(asked):
+            headers["Access-Control-Allow-Origin"] = asked.header("Origin")
+            headers["Access-Control-Allow-Credentials"] = "true"
+            headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+            headers["Access-Control-Allow-Headers"] = "Content-Type, Authorization, X-Request-ID, Last-Event-ID"
+            headers["Access-Control-Expose-Headers"] = "X-Request-ID, X-Stream-Id, Retry-After"
+        return headers
+
+    def _owner(self, asked: _Asked) -> str:
+        """Who asks, as it is kept: a hash, for a name need not be on the disk"""
+        who = asked.who()
+        if not who:
+            raise _Refused(401, "UNAUTHORIZED", "it is not known who is asking")
+        if not isinstance(who, (str, int, bytes)) or isinstance(who, bool):  # or all would be one, who owns all streams
+            raise TypeError(f"authorize gives who is asking, a name or number as str, int or bytes, got {type(who)!r}")
+        return _request_key(repr(who))
+
+    # What is asked
+
+    def _question(self, asked: _Asked) -> _Question:
+        fields = asked.fields(self._max_body)
+        unknown = sorted(set(fields) - {"messages", "prompt", "model", "temperature", "max_tokens", "stream"})
+        if unknown:
+            raise _invalid(f"unknown fields: {_excerpt(', '.join(unknown))}")
+        if fields.get("stream", True) is not True:
+            raise _invalid("stream is true: there is no other answer here")
+        if ("messages" in fields) == ("prompt" in fields):
+            raise _invalid("expected messages or a prompt, one of them")
+        messages = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
+        if not isinstance(messages, list) or not messages:
+            raise _invalid("messages is a list of {role, content}")
+        params = {"temperature": self._temperature(fields), "max_tokens": self._most_tokens(fields)}
+        return _Question(
+            list(map(_said_message, messages)),
+            self._model_of(fields),
+            {name: value for name, value in params.items() if value is not None},
+        )
+
+    def _model_of(self, fields: Mapping[str, Any]) -> str:
+        model = fields.get("model", self._model)
+        if model is None:
+            raise _Refused(502, "MODEL_NOT_FOUND", _PUBLIC["MODEL_NOT_FOUND"][1])
+        if not isinstance(model, str) or model not in self._models:
+            raise _invalid("this model is not one of those that may be asked")
+        return model
+
+    @staticmethod
+    def _temperature(fields: Mapping[str, Any]) -> float | None:
+        value = fields.get("temperature")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value <= 2):
+            raise _invalid("temperature is a number from 0 to 2")
+        return value
+
+    def _most_tokens(self, fields: Mapping[str, Any]) -> int | None:
+        value: int | None = fields.get("max_tokens")
+        if value is None:
+            return self._max_tokens
+        if not _is_integer(value) or value < 1:
+            raise _invalid("max_tokens is a whole number, from 1 on")
+        if self._max_tokens is not None and value > self._max_tokens:
+            raise _invalid(f"max_tokens is at most {self._max_tokens}")
+        return value
+
+    # The routes
+
+    def _ask_by_query(self, asked: _Asked, id: str) -> _Reply:
+        """A GET that costs: only of a page of ours, for any page can make a browser send one"""
+        if asked.header("Sec-Fetch-Site") not in ("same-origin", "none") and not asked.header("Origin"):
+            raise _Refused(403, "FORBIDDEN_ORIGIN", "a GET is taken from pages of this host, and of allowed origins")
+        return self._ask(asked, id)
+
+    def _ask(self, asked: _Asked, id: str) -> _Reply:
+        owner = self._owner(asked)
+        question = self._question(asked)
+        after = asked.last_event()
+        if after is not None:
+            return self._go_on(asked, owner, question, *after)
+        if _relaying.draining:
+            raise _Refused(503, "SHUTTING_DOWN", _PUBLIC["SHUTTING_DOWN"][1], Retry_After="1")
+        self._warn(asked)
+        id = os.urandom(16).hex()
+        stream = self._stream(asked, owner, question)
+        if self._store is None:
+            pipe = _Pipe(2 * self._heartbeat)
+            made = Relay(pipe, id, self._heartbeat, _wait_of_page(), self._production(asked, owner, id, pipe), stream)
+            return self._relayed(made, asked, 0)
+        header = {"relay": id, "owner": owner, "body": question.key}
+        production = self._production(asked, owner, id, self._store.begin(id, header))
+        production.attended(self._heartbeat + self._grace)
+        production.start(stream)
+        production.await_first(self._heartbeat)
+        return self._followed(asked, self._tail(id, owner), id)
+
+    def _stream(self, asked: _Asked, owner: str, question: _Question, resume_from: ResumePoint | None = None) -> Stream:
+        limiter = self._limiter.bind(user=owner) if isinstance(self._limiter, Limiter) else self._limiter
+        return stream(
+            [*self._system, *question.messages],
+            model=question.model,
+            client=self._client,
+            headers={"X-Request-ID": asked.request_id},
+            deadline=self._max_duration,
+            resume_from=resume_from,
+            limiter=limiter,
+            **question.params,
+        )
+
+    def _production(self, asked: _Asked, owner: str, id: str, sink: Any) -> _Production:
+        made = _Production(id, sink, _NamedEvents())
+        made.request_id, made.owner, made.traffic = asked.request_id, owner, self._traffic
+        return made
+
+    def _relayed(self, made: Relay, asked: _Asked, after: int) -> _Reply:
+        made._traffic = self._traffic
+        if not after:  # an EventSource that is cut off before the first event would ask anew: it comes back with this
+            made.first += b"id: %s:0\n\n" % made.id.encode("ascii")
+        return _Reply(200, {**SSE_HEADERS, "X-Stream-Id": made.id}, made.start(asked.environ))
+
+    def _tail(self, id: str, owner: str, after: int = 0) -> _FileTail | _RedisTail:
+        """The events of a stream after one of them; to others than its owner there is none"""
+        tail = self._store.open(id) if self._store is not None and re.fullmatch("[0-9a-f]{32}", id) else None
+        if tail is None:
+            raise _Refused(404, "NOT_FOUND", "there is no such answer, or not any more")
+        try:
+            if tail.header.get("owner") != owner:
+                raise _Refused(404, "NOT_FOUND", "there is no such answer, or not any more")
+            if not tail.skip(after):
+                raise _Refused(409, "CONFLICT", "Last-Event-ID is of an event that the answer does not have")
+        except BaseException:
+            tail.close()
+            raise
+        return tail
+
+    def _followed(self, asked: _Asked, tail: _FileTail | _RedisTail, id: str, after: int = 0) -> _Reply:
+        if tail.is_over:  # which tells an EventSource not to come again
+            tail.close()
+            return _Reply(204, {"X-Stream-Id": id}, [])
+        # one that is told "interrupted", and nothing else, comes again by itself: not at once, and by a GET in vain
+        wait = _wait_of_page(_LONG_WAIT if _has_ended(tail) else 1)
+        production = _relaying.productions.get(id)
+        if production is not None:
+            production.attended(self._grace)
+        return self._relayed(Relay(tail, id, self._heartbeat, wait), asked, after)
+
+    def _follow(self, asked: _Asked, id: str) -> _Reply:
+        owner = self._owner(asked)
+        stream_id, number = asked.last_event() or (id, 0)
+        after = number if stream_id == id else 0
+        return self._followed(asked, self._tail(id, owner, after), id, after)
+
+    def _go_on(self, asked: _Asked, owner: str, question: _Question, id: str, after: int) -> _Reply:
+        """A client that comes back: it follows the producer, or, where it asks for that by a POST, this becomes it"""
+        tail = self._tail(id, owner, after)
+        try:
+            if tail.header.get("body") != question.key:
+                raise _Refused(409, "CONFLICT", "the answer is one to another question")
+            if asked.method == "POST" and not _relaying.draining:
+                self._take_over(asked, owner, question, id)
+        except BaseException:
+            tail.close()
+            raise
+        return self._followed(asked, tail, id, after)
+
+    def _take_over(self, asked: _Asked, owner: str, question: _Question, id: str) -> None:
+        """Goes on with a stream whose producer has gone"""
+        log = None if self._store is None else self._store.take_over(id)
+        if log is None or log.resumed is None:
+            return
+        try:
+            production = self._production(asked, owner, id, log)
+            production.may_refuse = False
+            is_stopped, _ = log.look()  # by somebody whose producer died before it looked
+            if is_stopped or log.resumed.tries >= _MOST_TRIES:
+                production.give_up(*(("interrupted", "CANCELLED") if is_stopped else ("failed", "CONNECTION_LOST")))
+                return
+            stream = self._stream(asked, owner, question, log.resumed.point)
+        except BaseException:
+            log.end()
+            raise
+        production.attended(self._heartbeat + self._grace)
+        production.start(stream)
+
+    def _stop(self, asked: _Asked, id: str) -> _Reply:
+        owner = self._owner(asked)
+        production = _relaying.productions.get(id)
+        if self._store is not None:
+            self._tail(id, owner).close()
+            self._store.stop(id)
+            log = self._store.take_over(id)
+            if log is not None:  # whose producer has gone: nobody is to go on with it
+                self._production(asked, owner, id, log).give_up("interrupted", "CANCELLED")
+        elif production is None or production.owner != owner:
+            raise _Refused(404, "NOT_FOUND", "there is no such answer in this process")
+        if production is not None:
+            production.stop("CANCELLED")
+        return _json_reply(200, {"stopped": True})
+
+    def _health(self, asked: _Asked, id: str) -> _Reply:
+        """Whether this process takes requests; asks nobody"""
+        status = "draining" if _relaying.draining else "ok"
+        content = {"status": status, "timestamp": round(time.time(), 3), "uptime": self._traffic.uptime()}
+        return _json_reply(503 if _relaying.draining else 200, content)
+
+    def _stats(self, asked: _Asked, id: str) -> _Reply:
+        self._owner(asked)
+        limits, queued = None, 0
+        limiter = _unbound(self._limiter)
+        if isinstance(limiter, Limiter):
+            names = ("max_concurrent", "max_queue", "max_per_user", "rate", "period", "queue_timeout")
+            limits, queued = {name: getattr(limiter, name) for name in names}, limiter.stats().queued
+        content = {"process": os.getpid(), "uptime": self._traffic.uptime(), "queued": queued, "limits": limits}
+        return _json_reply(200, {**content, **self._traffic.stats()})
+
+    # What goes wrong
+
+    def _failed(self, error: SheepError, asked: _Asked) -> _Reply:
+        """An error before there was an answer, in words that tell nothing of upstream"""
+        _log.warning("request %s: %s: %s", asked.request_id, error.code, error)
+        told = _public(_public_code(error), error.retry_after)
+        seconds = math.ceil(min(max(error.retry_after or 0, 1), 86400))
+        is_full = isinstance(error, (QueueFullError, QueueTimeoutError))
+        if is_full and asked.method == "GET":  # an EventSource takes any status but 200 for the end of all
+            retry = b"retry: %d\n\n" % _wait_of_page(seconds)
+            queued = _data({"position": None, "retry_after": seconds})
+            return _Reply(200, dict(SSE_HEADERS), [retry + _Event("queued", queued).encoded("")])
+        headers = {"Retry-After": str(seconds)} if error.retry_after is not None or is_full else {}
+        status, _ = _PUBLIC[told["code"]]
+        return _json_reply(status, {"error": {**told, "request_id": asked.request_id}}, headers)
+
+    def _warn(self, asked: _Asked) -> None:
+        if not asked.environ.get("wsgi.multithread") and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "this server answers one request at a time in a process (wsgi.multithread is false): a stream holds up "
+                "all others, and gunicorn's sync worker is killed amid it; use threads, as gunicorn -k gthread does"
+            )
+
+
+def _has_ended(tail: _FileTail | _RedisTail) -> bool:
+    try:
+        return tail.has_ended()
+    except CheckpointError:  # as it says again when it is read: what it has is given first
+        return True
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _invalid(message: str) -> _Refused:
+    return _Refused(400, "INVALID_REQUEST", message)
+
+
+def _said_message(message: Any) -> dict[str, str]:
+    """A message of a browser's, which says something and has no more to it: a system message is not its to give"""
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise _invalid("a message is {role, content}")
+    role, content = message["role"], message["content"]
+    if role not in ("user", "assistant"):
+        raise _invalid("the role of a message is user or assistant")
+    if not isinstance(content, str) or not content.strip():
+        raise _invalid("the content of a message, or a prompt, is text that is not empty")
+    try:
+        content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _invalid("a text holds half of a surrogate pair") from error
+    return {"role": role, "content": content}
+
+
+def _checked_origin(origin: str) -> str:
+    """An origin as browsers write it, which are compared as they are"""
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*://[^/*\s]+)/?", origin.lower())
+    if not found:
+        raise ValueError(f"an allowed origin is a scheme and a host, as https://app.example, got {origin!r}")
+    return re.sub("(?<=^http):(.*):80$|(?<=^https):(.*):443$", r":\1\2", found.group(1))
+
+
+def _without_port(host: str) -> str:
+    """A host and port, without the port where a scheme implies it"""
+    return re.sub(":(80|443)$", "", host.lower())
+
+
+def _wait_of_page(seconds: float = 1) -> int:
+    """Milliseconds that a page waits before it comes again: not all at once, where a server was started anew"""
+    return round(1000 * seconds * random.uniform(1, 2))
+
+
+#: the routes, for a framework and for a bare WSGI server; an id is whatever is sent, for the 404 to be ours
+_ROUTES = {
+    "/chat/stream": "stream",
+    "/chat/stream/<path:id>": "follow",
+    "/chat/stop/<path:id>": "stop",
+    "/health": "health",
+    "/stats": "stats",
+}
+
+
+def flask_blueprint(
+    client: Client | Sequence[Client],
+    *,
+    authorize: Callable[[Any], Any],
+    allowed_origins: Iterable[str] = (),
+    limiter: Limiter | _BoundLimiter | Any = None,
+    journal: str | os.PathLike[str] | None = None,
+    redis: Any = None,
+    heartbeat: float = 15,
+    grace: float = 30,
+    max_body: int = 256 * 1024,
+    max_tokens: int | None = None,
+    max_duration: float = 3600,
+    max_age: float = 3600,
+    models: Iterable[str] | None = None,
+    system: str | None = None,
+) -> Any:
+    """A Flask blueprint that asks ``client`` for browsers, and loses nothing
+
+        def user(request):                  # whoever may spend your money, or None
+            return session.get("user")
+
+        app.register_blueprint(sheepsse.flask_blueprint(client, authorize=user, journal="streams"))
+
+    ``POST /chat/stream`` with ``{"messages": [...]}`` or ``{"prompt": ...}`` in JSON, and ``GET /chat/stream?prompt=``
+    for an EventSource, answer with the events of ``relay()``, whose ids are ``<stream id>:<n>``; the stream's id is in
+    ``X-Stream-Id`` too. ``POST /chat/stop/<id>`` stops a stream. ``GET /health`` is open to all, ``GET /stats`` to
+    those whom ``authorize`` knows; both speak for one process.
+
+    With ``journal``, a folder that all worker processes share, or ``redis``, a Redis client or URL that all machines
+    share, a stream outlives its connection: ``GET /chat/stream/<id>``, or the same request again, with
+    ``Last-Event-ID`` gives what follows that event, from any process, each event once. Where the process that wrote it
+    has died, the page is told ``interrupted``, and the same request again goes on by the strategies of
+    ``stream(resume="auto")``. Who left has ``grace`` seconds to come back until the model is stopped; without a journal
+    it is stopped at once.
+
+    ``authorize(request)`` gives who asks, as a str or int, None for nobody; a stream is its owner's alone. A page of
+    another origin is refused, but for those in ``allowed_origins``. ``max_body`` is in bytes, ``max_tokens`` the most
+    that may be asked for, ``max_duration`` the seconds that a stream may take, ``max_age`` those for which one that has
+    ended is kept. ``models`` are those that may be asked for, by default the client's own; ``system`` is a system
+    message, which no browser can set. ``limiter`` is a Limiter, which counts by owner, in this process.
+    MissingExtraError without Flask.
+    """
+    asking = _Asking(
+        client,
+        authorize=authorize,
+        allowed_origins=allowed_origins,
+        limiter=limiter,
+        journal=journal,
+        redis=redis,
+        heartbeat=heartbeat,
+        grace=grace,
+        max_body=max_body,
+        max_tokens=max_tokens,
+        max_duration=max_duration,
+        max_age=max_age,
+        models=models,
+        system=system,
+    )
+    return _blueprint(asking)
+
+
+def _blueprint(asking: _Asking) -> Any:
+    try:
+        import flask  # type: ignore[import-not-found,unused-ignore]  # an extra
+    except ImportError as error:
+        raise MissingExtraError("flask_blueprint needs Flask: pip install 'sheepsse[flask]'") from error
+    blueprint = flask.Blueprint("sheepsse", __name__)
+
+    def view(route: str, id: str = "") -> Any:
+        request = flask.request
+        asked = _Asked(request.environ, lambda: asking.authorize(request), request)
+        reply = asking.reply(asked, route, id)
+        response = flask.current_app.response_class(reply.body, status=reply.status, headers=reply.headers)
+        if reply.status == 204:  # a type of nothing is against WSGI
+            del response.headers["Content-Type"]
+        return response
+
+    methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    for rule, route in _ROUTES.items():
+        defaults = {"route": route}
+        blueprint.add_url_rule(rule, route, view, provide_automatic_options=False, methods=methods, defaults=defaults)
+    return blueprint
+
+
+def wsgi_app(client: Client | Sequence[Client], *, authorize: Callable[[Any], Any], **options: Any) -> Any:
+    """What ``flask_blueprint`` gives, as a WSGI application of its own; ``authorize`` gets the environ
+
+    All that is not one of its routes is a 404, so that it can be mounted, or tried first.
+    """
+    asking = _Asking(client, authorize=authorize, **options)
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        route, id = _routed(environ.get("PATH_INFO", ""))
+        if not route:  # what others answer, perhaps: it is left as it is
+            reply = _json_reply(404, {"error": {"code": "NOT_FOUND", "message": "there is nothing here"}})
+            start_response("404 Not Found", list(reply.headers.items()))
+            return reply.body
+        reply = asking.reply(_Asked(environ, lambda: authorize(environ)), route, id)
+        start_response(f"{reply.status} {_phrase(reply.status)}", list(reply.headers.items()))
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else reply.body
+
+    return application
+
+
+def _routed(path: str) -> tuple[str, str]:
+    for rule, route in _ROUTES.items():
+        found = re.fullmatch(rule.replace("<path:id>", "(.+)"), path, re.DOTALL)
+        if found:
+            return route, "".join(found.groups())
+    return "", ""
+
+
+def _phrase(status: int) -> str:
+    from http import HTTPStatus
+
+    return HTTPStatus(status).phrase
+
+
+#: a page to chat on over the routes: plain HTML, which asks for nothing of elsewhere; a start for one of your own
+CHAT_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>sheepsse chat</title>
+<link rel="icon" href="data:,">
+<style>
+:root { --paper: #fbfaf8; --ink: #211f1c; --soft: #625d55; --tint: #f0ede7; --line: #8a8378; --hair: #e0dbd2;
+  --accent: #2a5a86; --on-accent: #fff; --alarm: #9a2a1f; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #181715; --ink: #e9e5de; --soft: #aaa398; --tint: #24221f; --line: #7d776c; --hair: #35322d;
+    --accent: #8fbce3; --on-accent: #10202e; --alarm: #f09a8c; } }
+* { box-sizing: border-box; } [hidden] { display: none !important; }
+html { scroll-padding-bottom: 11rem; } /* the form stays at the bottom, and is not to cover what has the focus */
+body { margin: 0; min-height: 100vh; min-height: 100dvh; display: flex; flex-direction: column; color: var(--ink);
+  background: var(--paper); font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+header, main, form { width: 100%; max-width: 46rem; margin: 0 auto; padding: 1.25rem; }
+header { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; justify-content: space-between; }
+h1 { margin: 0; font-size: 1.125rem; font-weight: 600; }
+main { flex: 1; padding-top: 0; padding-bottom: 2rem; }
+#log:empty::before { content: "Ask something to begin."; color: var(--soft); }
+.question { margin: 2.5rem 0 1.25rem; padding: .75rem 1rem; border-radius: .75rem; background: var(--tint); }
+.answer { margin: 1.25rem 0 2.5rem; } #log > :first-child { margin-top: 0; }
+.question, .text, .reasoning div, .tools pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.question, .block { display: block; unicode-bidi: plaintext; } /* each line finds its own direction */
+.label, .reasoning, .tools, .facts, #status { color: var(--soft); font-size: .9375rem; line-height: 1.5; }
+.label { margin: 0 0 .5rem; }
+.reasoning { margin: 0 0 1rem; } .reasoning summary { width: fit-content; cursor: pointer; }
+.reasoning div { margin-top: .5rem; padding-left: 1rem; border-left: 2px solid var(--hair); }
+.tools { margin: 1rem 0; padding: 0; list-style: none; }
+.tools li { margin: .5rem 0; padding: .5rem .75rem; border: 1px solid var(--hair); border-radius: .5rem; }
+.tools b, .tools pre { margin: 0; font: .875rem/1.5 ui-monospace, "Cascadia Mono", Menlo, Consolas, monospace; }
+.tools b { color: var(--ink); font-weight: 600; }
+.facts { display: flex; flex-wrap: wrap; gap: .125rem 1rem; margin: 1rem 0 0; padding: .625rem 0 0; list-style: none;
+  border-top: 1px solid var(--hair); font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.note { margin: .75rem 0 0; color: var(--soft); overflow-wrap: anywhere; } .note.bad { color: var(--alarm); }
+.actions { margin-top: .75rem; }
+.answer[aria-busy] .text:empty::after, .answer[aria-busy] .text .block:last-child::after { content: "";
+  display: inline-block; width: .5rem; height: 1rem; margin-left: .125rem; border-radius: .125rem;
+  background: var(--line); vertical-align: -.125rem; animation: breathe 1.4s ease-in-out infinite; }
+@media (prefers-reduced-motion: no-preference) { @keyframes breathe { 50% { opacity: .2; } } }
+form { position: sticky; bottom: 0; padding-top: .75rem; background: var(--paper); }
+label { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+textarea { display: block; width: 100%; max-height: 12rem; padding: .75rem 1rem; resize: none; border-radius: .75rem;
+  border: 1px solid var(--line); background: transparent; color: inherit; font: inherit; }
+textarea::placeholder { color: var(--soft); opacity: 1; }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin-top: .75rem; }
+#status { flex: 1 1 8rem; margin: 0; min-height: 1.5em; }
+button { min-height: 2.5rem; padding: .375rem 1rem; border: 1px solid var(--line); border-radius: .625rem;
+  background: transparent; color: inherit; font: inherit; font-size: .9375rem; cursor: pointer; }
+button:hover:enabled { border-color: currentColor; }
+button:disabled { color: var(--soft); border-color: var(--hair); cursor: default; }
+#send:enabled { background: var(--accent); border-color: var(--accent); color: var(--on-accent); }
+#clear { min-height: 2.25rem; padding: .25rem .75rem; font-size: .875rem; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+textarea:focus-visible { outline-offset: -1px; }
+@media (max-width: 30rem) { header, main, form { padding-left: 1rem; padding-right: 1rem; } }
+/* On a flat screen (a phone on its side, 400 % zoom) a form that stays would leave no room to read. */
+@media (max-height: 26rem) { form { position: static; } html { scroll-padding-bottom: 0; } }
+</style>
+</head>
+<body>
+<header><h1>sheepsse chat</h1><button id="clear" type="button">New conversation</button></header>
+<main><div id="log" role="log" aria-live="polite" aria-label="Conversation"></div>
+<noscript>This page needs JavaScript.</noscript></main>
+<form>
+<label for="prompt">Your message</label>
+<textarea id="prompt" rows="2" placeholder="Your message" aria-describedby="status" autofocus></textarea>
+<div class="row"><p id="status" role="status"></p>
+<button id="stop" type="button" hidden>Stop</button><button id="send" type="submit">Send</button></div>
+</form>
+<script>
+(() => {
+'use strict';
+const byId = id => document.getElementById(id);
+const input = byId('prompt'), send = byId('send'), stop = byId('stop'), log = byId('log'), status = byId('status');
+// By number, as this page is kept in a Python string, where an escape would mean something else.
+const LF = String.fromCharCode(10), CR = String.fromCharCode(13);
+const STORE = 'sheepsse.chat:' + location.pathname;
+const ATTEMPTS = 8, LONGEST_PAUSE = 15000, STOP_PATIENCE = 1000, BLOCK = 4000;
+// A network that was changed, or slept, ends no connection: but the server says something every 15 seconds.
+const SILENCE = 60000;
+const blank = () => ({ role: 'assistant', text: '', reasoning: '', tools: [], id: null, n: 0, first: null,
+  reconnects: 0, carried: -1, facts: null, running: true });
+
+let items = [];       // the conversation, as it is stored: {role: 'user', text} and what blank() makes
+let current = null;   // the run of the answer that is running
+let wanted = null;    // id of a stream to follow when nothing else runs
+
+// ---- What outlives a reload. The storage may be full or denied: then the page works all the same. ----
+
+function load() {
+  try { return JSON.parse(sessionStorage.getItem(STORE)) ?? []; } catch { return []; }
+}
+
+function save() {
+  // When all does not fit, the last question and its answer; when they don't either, rather nothing than old things.
+  for (const part of [items, items.slice(-2)]) {
+    try { return sessionStorage.setItem(STORE, JSON.stringify(part)); } catch { /* the next, smaller part */ }
+  }
+  try { sessionStorage.removeItem(STORE); } catch { /* denied */ }
+}
+
+function setHash(id) {
+  const hash = id ? '#' + id : '';
+  if (location.hash !== hash) history.replaceState(history.state, '', location.pathname + location.search + hash);
+}
+
+// Roles take turns (some models insist): a question that got no answer is sent along with the next.
+function messages() {
+  const list = [];
+  for (const { role, text, followed } of items) {
+    const last = list[list.length - 1];
+    if (!text || followed) continue;
+    if (last && last.role === role) last.content += LF + LF + text;
+    else list.push({ role, content: text });
+  }
+  return list;
+}
+
+// ---- Showing ----
+
+function make(tag, name, parent, text = '') {
+  const element = Object.assign(document.createElement(tag), { className: name, textContent: text });
+  parent.append(element);
+  return element;
+}
+
+function say(text) { if (status.textContent !== text) status.textContent = text; }
+function showQuestion(item) { make('article', 'question', log, item.text).setAttribute('aria-label', 'You'); }
+function showRunning(running) { stop.hidden = !(send.disabled = running); }
+function focusPrompt() { input.focus({ preventScroll: true }); }
+
+let stuck = true, lastTop = 0;   // stuck to the end, until the reader scrolls up
+addEventListener('scroll', () => {
+  const page = document.scrollingElement, room = page.scrollHeight - innerHeight - page.scrollTop;
+  // A growing text moves nothing, so a move up is the reader's doing, however small it is.
+  if (page.scrollTop < lastTop) stuck = room < 2;
+  else if (room < 40) stuck = true;
+  lastTop = page.scrollTop;
+}, { passive: true });
+function keepDown() { if (stuck) scrollTo(0, document.scrollingElement.scrollHeight); }
+
+// Text that grows. It is cut into blocks at line ends, so that the browser lays out the last block only, and the
+// time for a long answer stays linear. Only text nodes: what a model says is never read as HTML.
+class Growing {
+  constructor(element) { this.element = element; this.node = null; this.waiting = ''; }
+  add(text) { this.waiting += text; }
+  flush() {
+    let text = this.waiting;
+    this.waiting = '';
+    while (text) {
+      this.node ??= make('span', 'block', this.element).appendChild(new Text());
+      const end = text.indexOf(LF, Math.max(0, BLOCK - this.node.length)) + 1;
+      this.node.appendData(text.slice(0, end || text.length));
+      if (end) this.node = null;
+      text = end ? text.slice(end) : '';
+    }
+  }
+}
+
+class View {
+  constructor(item) {
+    this.item = item;
+    this.root = make('article', 'answer', log);
+    this.root.setAttribute('aria-label', 'Answer');
+    this.build();
+  }
+  build() {
+    const { item, root } = this;
+    root.replaceChildren();
+    if (item.followed) make('p', 'label', root, 'An answer you follow');
+    this.text = new Growing(make('div', 'text', root));
+    this.reasoning = this.tools = null;
+    this.calls = new Map();
+    this.text.add(item.text);
+    if (item.reasoning) this.reason(item.reasoning);
+    for (const call of item.tools) this.call(call, call.arguments);
+    this.flush();
+    if (!item.running) this.ending();
+  }
+  reason(text) {
+    if (!this.reasoning) {
+      const details = make('details', 'reasoning', this.root);
+      this.text.element.before(details);
+      make('summary', '', details, 'Reasoning');
+      this.reasoning = new Growing(make('div', '', details));
+    }
+    this.reasoning.add(text);
+  }
+  call(call, more) {
+    this.tools ??= make('ul', 'tools', this.root);
+    if (!this.calls.has(call.index)) {
+      const row = make('li', '', this.tools);
+      this.calls.set(call.index, { name: make('b', '', row), rest: new Growing(make('pre', '', row)) });
+    }
+    const { name, rest } = this.calls.get(call.index);
+    name.textContent = call.name || 'tool';
+    rest.add(more);
+  }
+  flush() {
+    this.text.flush();
+    this.reasoning?.flush();
+    for (const { rest } of this.calls.values()) rest.flush();
+  }
+  ending() {
+    const { item, root } = this, list = facts(item);
+    if (item.note) make('p', item.bad ? 'note bad' : 'note', root, item.note);
+    if (item.button) this.button();
+    const place = list.length && make('ul', 'facts', root);
+    for (const fact of list) make('li', '', place, fact);
+  }
+  button() {
+    const { item } = this, place = make('div', 'actions', this.root);
+    place.setAttribute('aria-live', 'off');   // a count-down is not to be read out every second
+    const button = make('button', '', place);
+    button.addEventListener('click', () => {
+      if (current) return;
+      if (item.fresh) Object.assign(item, blank());
+      focusPrompt();   // this button goes now
+      run(item, this);
+    });
+    const tick = () => {
+      const seconds = Math.ceil(((item.notBefore ?? 0) - Date.now()) / 1000);
+      button.disabled = seconds > 0;
+      button.textContent = seconds > 0 ? item.button + ' in ' + seconds + ' s' : item.button;
+      if (seconds > 0 && this.root.isConnected) setTimeout(tick, 250);
+    };
+    tick();
+  }
+}
+
+function facts(item) {
+  const told = item.facts ?? {}, usage = told.usage ?? {}, list = [];
+  const number = value => value.toLocaleString('en', { maximumFractionDigits: 1 });
+  const add = (value, text) => { if (value != null) list.push(text(value)); };
+  add(usage.input_tokens, v => number(v) + ' tokens in');
+  add(usage.output_tokens, v => number(v) + ' tokens out');
+  // As seen from here; the server's own time stands in where an answer was begun by a page before this one.
+  add(item.first ?? told.ttft, v => 'first word after ' + v.toFixed(2) + ' s');
+  add(told.tokens_per_second, v => number(v) + ' tokens/s');
+  add(told.cost ?? usage.cost, v => '$' + v);
+  add(told.model, v => v);
+  add(item.reconnects || null, v => 'reconnected ' + v + (v > 1 ? ' times' : ' time'));
+  return list;
+}
+
+let frame = 0;   // words are shown once for each picture the screen draws, however many come
+function paint() {
+  frame ||= requestAnimationFrame(() => { frame = 0; current?.view.flush(); keepDown(); });
+}
+
+// ---- Reading ----
+
+// Lines end in LF, CR or CRLF, and anything may be split over reads. An event has an id only where one was sent.
+class Parser {
+  rest = ''; afterCR = false; data = []; name = ''; id = null; retry = null;
+  feed(chunk) {
+    if (!chunk) return [];
+    if (this.afterCR && chunk[0] === LF) chunk = chunk.slice(1);
+    this.afterCR = chunk.endsWith(CR);
+    const lines = (this.rest + chunk).replaceAll(CR + LF, LF).replaceAll(CR, LF).split(LF);
+    this.rest = lines.pop();
+    return lines.map(line => this.line(line)).filter(Boolean);
+  }
+  line(line) {
+    if (!line) {
+      const event = this.data.length && { name: this.name || 'message', data: this.data.join(LF), id: this.id };
+      Object.assign(this, { data: [], name: '', id: null });
+      return event;
+    }
+    const colon = line.indexOf(':'), field = colon < 0 ? line : line.slice(0, colon);
+    let value = colon < 0 ? '' : line.slice(colon + 1);
+    if (value[0] === ' ') value = value.slice(1);
+    if (field === 'data') this.data.push(value);
+    else if (field === 'event') this.name = value;
+    else if (field === 'id') this.id = value;
+    else if (field === 'retry' && /^[0-9]+$/.test(value)) this.retry = Number(value);
+  }
+}
+
+// Takes one event; gives back how the run ended, if it did.
+function take(me, { name, data, id }) {
+  const { item, view } = me, body = JSON.parse(data), text = body.content ?? '';
+  if (id) {
+    const n = Number(id.slice(id.lastIndexOf(':') + 1));
+    if (!(n > item.n)) return;   // seen before a reconnect
+    if (!item.n && (item.text || item.reasoning || item.tools.length)) {
+      // All comes anew after a reload: what the page had kept, in case the server had not, gives way to it.
+      Object.assign(item, { text: '', reasoning: '', tools: [] });
+      view.build();
+    }
+    item.id ??= id.slice(0, id.lastIndexOf(':'));
+    item.n = n;
+    me.attempts = 0;
+  }
+  switch (name) {
+    case 'message': case 'refusal':
+      if (!text) break;
+      if (me.began) item.first ??= (performance.now() - me.began) / 1000;
+      item.text += text;
+      view.text.add(text);
+      me.tell('Answering');
+      break;
+    case 'reasoning':
+      item.reasoning += text;
+      view.reason(text);
+      if (!item.text) me.tell('Reasoning');
+      break;
+    case 'tool_calls':
+      for (const { index = 0, name: tool, arguments: more } of body.tool_calls) {
+        let call = item.tools.find(one => one.index === index);
+        if (!call) item.tools.push(call = { index, name: '', arguments: '' });
+        call.name ||= tool ?? '';
+        call.arguments += more ?? '';
+        view.call(call, more ?? '');
+      }
+      break;
+    case 'queued':
+      me.tell('You are number ' + body.position + ' in the queue');
+      break;
+    case 'done':
+      item.facts = body;
+      return { final: true, state: 'Done', note: { length: 'Cut off at the greatest length allowed',
+        content_filter: 'Ended by the content filter' }[body.finish_reason] };
+    case 'failed':
+      return { final: true, state: 'Failed', bad: true, note: body.message || body.code || 'The answer failed',
+        button: item.followed ? null : 'Try again', fresh: true };
+    case 'interrupted': {
+      if (body.code === 'CANCELLED') item.facts = body;
+      if (body.code === 'CANCELLED' || me.stopping) return { final: true, state: 'Stopped', note: 'Stopped' };
+      // Carried on by itself once, and again only if that brought something.
+      const before = item.carried;
+      item.carried = item.text.length + item.reasoning.length;
+      return item.carried > before ? { lost: true }
+        : { state: 'Interrupted', bad: true, note: 'The answer was interrupted', button: 'Carry on' };
+    }
+  }
+}
+
+// ---- Asking, and asking again ----
+
+// One connection, from the request to its end. Gives back how it ended: {lost} when there may be more.
+async function connect(me) {
+  const { item, view } = me, first = !item.id;
+  const headers = { Accept: 'text/event-stream' };
+  if (item.id && (item.n || !item.followed)) headers['Last-Event-ID'] = item.id + ':' + item.n;
+  if (!item.followed) headers['Content-Type'] = 'application/json';
+  me.controller = new AbortController();
+  // A request that was never answered is not repeated without being told to: it may have been billed.
+  const failure = note => first && !item.id
+    ? { state: 'Not answered', bad: true, note, button: 'Try again', fresh: true } : { lost: true };
+  let response;
+  try {
+    response = await fetch(item.followed ? 'chat/stream/' + item.id : 'chat/stream', { headers,
+      method: item.followed ? 'GET' : 'POST', body: item.followed ? undefined : item.body,
+      credentials: 'same-origin', cache: 'no-store', signal: me.controller.signal });
+  } catch { return failure('The server could not be reached'); }
+  if (me.dropped) return {};
+  if (response.status === 204) return { final: true, state: 'Done' };
+  const type = response.headers.get('Content-Type') ?? '';
+  if (!response.ok || !type.startsWith('text/event-stream')) return refused(me, response);
+  item.id ??= response.headers.get('X-Stream-Id');
+  if (first && me.stopping) tellStop(item.id);   // not known when Stop was pressed
+  if (me.attempts) item.reconnects += 1;
+  setHash(item.id);
+  save();
+  me.tell(item.text ? 'Answering' : 'Waiting for the first word');
+  const parser = new Parser(), decoder = new TextDecoder(), reader = response.body.getReader();
+  let watchdog;
+  try {
+    for (;;) {
+      clearTimeout(watchdog);
+      watchdog = setTimeout(() => me.controller.abort(), SILENCE);
+      const { done, value } = await reader.read();
+      if (done) break;
+      for (const event of parser.feed(decoder.decode(value, { stream: true }))) {
+        const end = take(me, event);
+        if (!end) continue;
+        reader.cancel().catch(() => {});
+        return end;
+      }
+      me.retry = Math.max(100, parser.retry ?? me.retry);
+      paint();
+    }
+  } catch { /* cut off: the same as an end without a last event */ } finally { clearTimeout(watchdog); }
+  return failure('The connection was lost');
+}
+
+// An answer with another status, or one that is no stream (a login page, say).
+async function refused({ item }, response) {
+  let message = null, wait = 0;
+  try { message = (await response.json()).error.message; } catch { /* not ours */ }
+  const { status: code } = response, after = response.headers.get('Retry-After');
+  if (after) wait = (Number(after) * 1000 || Date.parse(after) - Date.now()) || 0;
+  if (item.id && (code === 404 || code === 409)) {
+    return { state: 'Incomplete', bad: true, note: 'The rest of this answer is gone' };
+  }
+  if (item.id && wait <= 60000 && (code >= 500 || [408, 425, 429].includes(code))) return { lost: true, wait };
+  if (code === 401) message = 'You are not signed in';
+  return { state: 'Not answered', bad: true, button: 'Try again', fresh: !item.id, notBefore: Date.now() + wait,
+    note: message || (response.ok ? 'The server sent something else than an answer' : 'Error ' + code) };
+}
+
+async function run(item, view) {
+  const me = current = { item, view, attempts: 0, retry: 1000, began: item.id ? 0 : performance.now(),
+    tell(text) { if (!me.stopping) say(text); } };
+  Object.assign(item, { running: true, note: null, button: null });
+  view.build();
+  view.root.setAttribute('aria-busy', 'true');   // said once, when it is whole, not word by word
+  showRunning(true);
+  setHash(item.id);
+  say('Waiting for the first word');
+  save();
+  keepDown();
+  for (;;) {
+    let end = await connect(me);
+    if (end.lost && !me.stopping && !me.dropped) {
+      me.attempts += 1;
+      if (me.attempts <= ATTEMPTS) {
+        view.flush();
+        say('Connection lost, reconnecting (' + me.attempts + ')');
+        // Twice as long each time, but never all the pages of a restarted server at once.
+        const longest = Math.max(me.retry, Math.min(LONGEST_PAUSE, me.retry * 2 ** (me.attempts - 1)));
+        await new Promise(resolve => {
+          me.wake = resolve;
+          setTimeout(resolve, Math.max(end.wait ?? 0, longest * (0.5 + Math.random() / 2)));
+        });
+        if (!me.stopping && !me.dropped) continue;
+      }
+      end = { state: 'Connection lost', bad: true, note: 'The connection was lost', button: 'Try again' };
+    }
+    if (me.dropped) return;
+    if (me.stopping && !end.final) end = { state: 'Stopped', note: 'Stopped' };
+    return finish(me, end);
+  }
+}
+
+function finish({ item, view }, { state, note = null, bad = false, button = null, fresh = false, notBefore = 0 }) {
+  current = null;
+  Object.assign(item, { running: false, note, bad, button, fresh, notBefore });
+  if (!button) delete item.body;
+  view.flush();
+  view.root.removeAttribute('aria-busy');
+  view.ending();
+  showRunning(false);
+  setHash(null);
+  say(state);
+  save();
+  keepDown();
+  // Back to the prompt, but not out of something the reader does elsewhere.
+  if ([document.body, send, stop, null].includes(document.activeElement) && getSelection().isCollapsed) focusPrompt();
+  follow();
+}
+
+function tellStop(id) {
+  if (id) fetch('chat/stop/' + id, { method: 'POST', credentials: 'same-origin', keepalive: true }).catch(() => {});
+}
+
+function halt() {
+  const me = current;
+  if (!me || me.stopping) return;
+  me.stopping = true;
+  say('Stopping');
+  tellStop(me.item.id);
+  // The last event tells what the answer cost, so it is waited for, though not for long.
+  setTimeout(() => me.controller.abort(), STOP_PATIENCE);
+  me.wake?.();
+}
+
+function follow() {
+  const id = wanted;
+  if (!id || current) return;
+  wanted = null;
+  if (items.some(item => item.id === id)) return setHash(null);   // this one is here already
+  const item = { ...blank(), id, followed: true };
+  items.push(item);
+  run(item, new View(item));
+}
+
+function hashId() { return /^#[0-9a-f]{32}$/.test(location.hash) ? location.hash.slice(1) : null; }
+
+// ---- What the reader does ----
+
+function grow() {
+  input.style.height = 'auto';
+  input.style.height = input.scrollHeight + 2 + 'px';   // 2 for the border
+}
+
+input.form.addEventListener('submit', event => {
+  event.preventDefault();
+  if (current || !input.value.trim()) return;
+  for (const place of log.querySelectorAll('.actions')) place.remove();   // too late to try the last one again
+  for (const item of items) item.button = item.body = undefined;
+  const question = { role: 'user', text: input.value };
+  items.push(question);
+  showQuestion(question);
+  const item = { ...blank(), body: JSON.stringify({ messages: messages() }) };
+  items.push(item);
+  input.value = '';
+  grow();
+  focusPrompt();
+  stuck = true;
+  run(item, new View(item));
+});
+input.addEventListener('keydown', event => {
+  // Enter may end a word in Japanese or Chinese; Safari then says so by the number 229 only.
+  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  event.preventDefault();
+  input.form.requestSubmit();
+});
+input.addEventListener('input', grow);
+stop.addEventListener('click', halt);
+addEventListener('keydown', event => { if (event.key === 'Escape' && !event.isComposing) halt(); });
+byId('clear').addEventListener('click', () => {
+  if (current) {
+    if (!current.item.followed) tellStop(current.item.id);
+    current.dropped = true;
+    current.controller.abort();
+    current.wake?.();
+  }
+  current = wanted = null;
+  items = [];
+  log.replaceChildren();
+  showRunning(false);
+  setHash(null);
+  save();
+  say('New conversation');
+  focusPrompt();
+});
+addEventListener('online', () => current?.wake?.());
+addEventListener('resize', keepDown);
+addEventListener('pagehide', save);
+addEventListener('hashchange', () => {
+  const id = hashId();
+  if (current && id === current.item.id) return;
+  wanted = id;
+  if (current) setHash(current.item.id);
+  follow();
+});
+
+// ---- Begin ----
+
+history.scrollRestoration = 'manual';
+showRunning(false);   // Firefox keeps over a reload that a button was disabled
+grow();               // and what was written
+items = load();
+const halfway = items.find(item => item.running);
+if (halfway && !halfway.id) {
+  Object.assign(halfway, { running: false, bad: true, note: 'The page was left before the answer began',
+    button: 'Try again', fresh: true });
+}
+const views = items.map(item => item.role === 'user' ? showQuestion(item) : new View(item));
+wanted = hashId();
+keepDown();
+if (halfway?.running) {
+  if (wanted === halfway.id) wanted = null;
+  halfway.n = 0;
+  run(halfway, views[items.indexOf(halfway)]);
+}
+follow();
+})();
+</script>
+</body>
+</html>
+"""
+
+
+# ============================================================================================================
 # 14. Command line: python -m sheepsse, python sheepsse.py, sheepsse. May use: all above
 # ============================================================================================================
 
@@ -9392,12 +12097,156 @@ def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
     return "\n".join(lines)
 
 
+def _serve_parser() -> Any:
+    parser = _command_parser("serve", "Serve a page to chat on, which loses nothing when its connection does.")
+    parser.add_argument("-m", "--model", help="the model, as the provider names it")
+    _add_provider(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--journal", metavar="DIR", help="where answers are kept (default: a folder for this run)")
+    parser.add_argument("--host", default="127.0.0.1", help="who can reach it: 127.0.0.1 is this machine (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 is any that is free (%(default)s)")
+    return parser
+
+
+def _serve_command(parser: Any, options: Any) -> int:
+    import tempfile
+
+    with contextlib.ExitStack() as stack:
+        try:
+            client = stack.enter_context(_serving_client(parser, options, stack))
+            folder = options.journal or stack.enter_context(tempfile.TemporaryDirectory())
+            hosts = _own_hosts(options.host)
+            app = wsgi_app(
+                client,
+                authorize=lambda environ: _user_of_page(environ, hosts),
+                journal=folder,
+                system=options.system,
+            )
+            server = stack.enter_context(_page_server(options.host, options.port, app))
+        except SheepError as error:
+            print(f"sheepsse: {error}", file=sys.stderr)
+            return 1
+        except (OSError, OverflowError) as error:
+            print(f"sheepsse: {options.host}:{options.port} cannot be served: {error}", file=sys.stderr)
+            return 1
+        print(f"http://{options.host}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+        with _ended_by_sigterm(server):
+            server.serve_forever()
+        drain()
+    return 0
+
+
+def _serving_client(parser: Any, options: Any, stack: contextlib.ExitStack) -> Client:
+    """The client that the options ask for; where there is no key, one of the provider that lies beside this file"""
+    client = _client_of_options(options, model=options.model)
+    try:
+        client._target(options.model, {})
+    except AuthenticationError as error:
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "local_provider.py")
+        if options.provider or options.base_url or not os.path.exists(path):
+            raise
+        print(f"sheepsse: {error}; until then a provider on this machine answers, always the same", file=sys.stderr)
+        provider = stack.enter_context(_local_provider(path))
+        return Client(base_url=provider.base_url, api_key=False, model=options.model or "local-model")
+    if not options.model:
+        parser.error("-m is needed: the model, as the provider names it")
+    return client
+
+
+def _local_provider(path: str) -> Any:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("local_provider", path)
+    assert spec is not None  # for the file is there
+    assert spec.loader is not None
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(module)
+    made = module.LocalProvider()
+    made.default = module.Answer(pace=0.05)
+    return made
+
+
+def _user_of_page(environ: Mapping[str, Any], hosts: Container[str] | None) -> str | None:
+    """Whoever reaches the server by one of its names, all of them the same user"""
+    return "anybody" if hosts is None or _host_name(environ.get("HTTP_HOST", "")) in hosts else None
+
+
+def _own_hosts(host: str) -> set[str] | None:
+    """The names by which a page may ask for this server, lest another one's name lead here; None is any"""
+    return {host, "localhost", "127.0.0.1", "::1"} if host in ("localhost", "127.0.0.1", "::1") else None
+
+
+def _host_name(host: str) -> str:
+    """A Host header's host, without the port"""
+    return re.sub(r":[0-9]*$", "", host).strip("[]").lower()
+
+
+def _page_server(host: str, port: int, app: Callable[..., Iterable[bytes]]) -> Any:
+    """A server of the standard library, with a thread for each request"""
+    from socketserver import ThreadingMixIn
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+    class Handler(WSGIRequestHandler):
+        def get_environ(self) -> dict[str, Any]:
+            return {**super().get_environ(), "sheepsse.socket": self.connection}
+
+        def log_message(self, *args: Any) -> None:
+            _log.debug(*args)
+
+    class Server(ThreadingMixIn, WSGIServer):
+        daemon_threads = True
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def handle_error(self, *args: Any) -> None:
+            _log.debug("a request has failed", exc_info=True)
+
+    server = Server((host, port), Handler)
+    server.set_app(functools.partial(_page_or, app))
+    return server
+
+
+def _page_or(
+    app: Callable[..., Iterable[bytes]], environ: dict[str, Any], start_response: Callable[..., Any]
+) -> Iterable[bytes]:
+    """The page, and for all else the application"""
+    environ["wsgi.multithread"] = True  # which wsgiref does not know
+    if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        return app(environ, start_response)
+    page = CHAT_PAGE.encode("ascii")
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    )
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Length": str(len(page)),
+        "Content-Security-Policy": policy + "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    }
+    start_response("200 OK", list(headers.items()))
+    return [page] if environ["REQUEST_METHOD"] == "GET" else []
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm(server: Any) -> Iterator[None]:
+    """While it lasts, SIGTERM ends the server as Ctrl-C does"""
+    import signal
+
+    def end(*args: Any) -> None:
+        threading.Thread(target=server.shutdown, daemon=True).start()  # which waits for the loop in this thread
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 #: what the first word may say: how its options are read, and what it does
 _COMMANDS: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], int]]] = {
     "batch": (_batch_parser, _batch_command),
     "bench": (_bench_parser, _bench_command),
     "check": (_check_parser, _check_command),
     "cost": (_cost_parser, _cost_command),
+    "serve": (_serve_parser, _serve_command),
 }
 
 

@@ -1,6 +1,7 @@
 """How the file is built: what it imports, the order of its sections, what it says of itself"""
 
 import ast
+import functools
 import importlib
 import inspect
 import pathlib
@@ -49,6 +50,7 @@ def test_importing_it_leaves_what_is_heavy_to_where_it_is_used():
     assert not added & {"argparse", "concurrent.futures", "decimal", "asyncio", "subprocess"}
 
 
+@functools.lru_cache(None)
 def sections():
     """(number, name, first line) of each banner, in the order of the file"""
     found = []
