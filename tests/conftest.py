@@ -17,8 +17,10 @@ import local_provider  # noqa: E402  # found by the line above
 import sheepsse  # noqa: E402
 
 
-def pytest_collection_finish(session):
-    """What is loaded by now is no garbage: to look through it after each test would cost more than the tests"""
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_loaded_is_no_garbage():
+    """To look through all that after each test, as _nothing_leaks does, would cost more than the tests"""
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 
