@@ -8988,9 +8988,13 @@ class _Event(NamedTuple):
 _Named = Sequence["tuple[str, Any]"]
 
 
+# made once: json.dumps makes one for each event
+_to_ascii_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _data(content: Any) -> str:
     """What an event carries, as JSON in ASCII, in which nothing can end a line"""
-    return content if isinstance(content, str) else json.dumps(content, separators=(",", ":"))
+    return content if isinstance(content, str) else _to_ascii_json(content)
 
 
 class _NamedEvents:
@@ -9226,7 +9230,6 @@ class _Production:
         self._has_said = False  # whether a piece of the answer was given
         self._bytes = 0
         self._heard_at = 0.0  # somebody followed it
-        self._looked_at = 0.0
 
     def start(self, stream: Stream) -> None:
         """Begins to read, in a daemon: a process that ends does not wait for a model"""
@@ -9304,7 +9307,7 @@ class _Production:
                 self.traffic.ended(ending, stream.stats.ttft)
 
     def _end_sink(self) -> None:
-        is_void = self.refusal is not None and not self.sink.is_resumed
+        is_void = self.refusal is not None and self.sink.resumed is None
         for end in (self.sink.discard, self.sink.end) if is_void else (self.sink.end,):
             try:
                 end()
@@ -9337,7 +9340,7 @@ class _Production:
                 self._interrupt(_public(self._stopped))
             elif isinstance(error, StreamCancelled):
                 self._end(stream, "interrupted", _public("CANCELLED"))
-            elif self.sink.is_resumed and not self._has_said:  # what is kept stays open to another try
+            elif self.sink.resumed is not None and not self._has_said:  # what is kept stays open to another try
                 self._interrupt(told, tried=True)
             else:
                 self._end(stream, "failed", told)
@@ -9355,9 +9358,6 @@ class _Production:
         now = time.monotonic()
         if _relaying.is_followed(self.id):
             self._heard_at = now
-        if now - self._looked_at < self.sink.look_every:
-            return
-        self._looked_at = now
         try:
             asked_to_stop, is_followed = self.sink.look()
         except CheckpointError as error:
@@ -9401,8 +9401,7 @@ class _Pipe:
 
     #: events that may wait
     _MOST = 256
-    is_resumed = False
-    look_every = 1.0
+    resumed = None  # nothing is kept of which it could go on
 
     def __init__(self, patience: float) -> None:
         self._events: collections.deque[_Event] = collections.deque()
@@ -9532,27 +9531,75 @@ def _lines_of(
     return lines
 
 
-class _FileLog:
-    """Events from a production to a file, which any process may follow"""
+class _Log:
+    """Events from a production to where any process may follow them"""
 
-    look_every = 0.0
+    def __init__(self, resumed: _Journaled | None) -> None:
+        #: what was there, where this goes on with it
+        self.resumed = resumed
+        self._known: set[str] = set()
+
+    def put(self, events: Sequence[tuple[str, str]], chunk: Chunk | None = None, source: str | None = None) -> None:
+        self.write(_lines_of(events, chunk, source, self._known))
+
+    def interrupt(self, events: Sequence[tuple[str, str]], tried: bool = False) -> None:
+        self.write([_interruption(events, tried)])
+
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps lines; CheckpointError where that cannot be"""
+
+
+class _Tail:
+    """The events of a log as they are written, by whichever process"""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._events: list[_Event] = []  # that came, and were not given yet
+        self._interrupted = ""  # what the log says of that, after the last event
+        self._cut = ""  # what this process says of it
+        self._left = False
+        #: whether the last event was given, or there is none to come
+        self.is_over = False
+
+    def _note(self, line: Mapping[str, Any]) -> None:
+        """Takes the next line of the log"""
+        if "event" in line:
+            self._number += 1
+            self._events.append(_Event(line["event"], line["data"], self._number))
+            self._interrupted = ""
+        self._interrupted = line.get("interrupted", self._interrupted)
+
+    def _given(self) -> list[_Event]:
+        """The events that came"""
+        events, self._events = self._events, []
+        self.is_over = events[-1].is_final
+        return events
+
+    def _interruption(self) -> list[_Event]:
+        """What is said where there are no more, and was no last one"""
+        self.is_over = True
+        return [_Event("interrupted", self._cut or self._interrupted or _data(_public("PRODUCER_LOST")))]
+
+    def cut(self, told: str) -> None:
+        """This process goes down"""
+        self._cut = told
+
+    def leave(self) -> None:
+        """Nobody reads any more"""
+        self._left = True
+
+
+class _FileLog(_Log):
+    """Events from a production to a file"""
 
     def __init__(self, id: str, lines: _Lines, mark: str, resumed: _Journaled | None = None) -> None:
-        self.is_resumed = resumed is not None
-        self.resumed = resumed
+        super().__init__(resumed)
         self._id = id
         self._lines = lines
         self._mark = mark
-        self._known: set[str] = set()
         self._seen: int | None = None
 
-    def put(self, events: Sequence[tuple[str, str]], chunk: Chunk | None = None, source: str | None = None) -> None:
-        self._write(_lines_of(events, chunk, source, self._known))
-
-    def interrupt(self, events: Sequence[tuple[str, str]], tried: bool = False) -> None:
-        self._write([_interruption(events, tried)])
-
-    def _write(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         for line in lines:  # each by a write of its own: of one that fails nothing must have been read
             self._lines.write([_journal_json(line)])
             _relaying.ring(self._id)
@@ -9579,27 +9626,22 @@ class _FileLog:
         return mark.st_size > 0, before not in (None, mark.st_mtime_ns)
 
 
-class _FileTail:
-    """The events of a file as they are written, by whichever process"""
+class _FileTail(_Tail):
+    """The events of a file as they are written"""
 
     def __init__(self, id: str, file: io.FileIO, path: str, mark: str) -> None:
+        super().__init__()
         self.bell = threading.Event()
         self._id = id
         self._file = file
         self._path = path
         self._mark = mark
         self._size = self._checksum = 0  # of what was read
-        self._number = 0
-        self._events: collections.deque[_Event] = collections.deque()
-        self._interrupted = ""  # what was said of that, after the last event
-        self._cut = ""  # what this process says of it
-        self._left = False
-        #: whether the last event was given, or there is none to come
-        self.is_over = False
         self._looked_at = 0.0
         headers = self._read_lines()
         self.header: Mapping[str, Any] = headers[0] if headers else {}
-        self._take(headers[1:])
+        for line in headers[1:]:
+            self._note(line)
         _relaying.follow(id, self)
 
     def _read_lines(self) -> list[Any]:
@@ -9616,26 +9658,18 @@ class _FileTail:
             raise _damaged(self._path, "a line is not as it was written")
         return contents
 
-    def _take(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        for line in lines:
-            if "event" in line:
-                self._number += 1
-                self._events.append(_Event(line["event"], line["data"], self._number))
-                self._interrupted = ""
-            self._interrupted = line.get("interrupted", self._interrupted)
-
     def skip(self, after: int) -> bool:
         """Leaves out the events up to one; whether there is that one"""
-        size = -1
-        while self._number < after and size != self._size:
-            size = self._size
+        while self._number < after:
             self._events.clear()
-            self._take(self._read_lines())
-        while self._events and (self._events[0].number or 0) < after:
-            self._events.popleft()
-        if after and self._events and self._events[0].number == after:
-            self.is_over = self._events.popleft().is_final
-        return self._number >= after
+            self._fill()
+            if not self._events:
+                return False
+        skipped = len(self._events) - (self._number - after)
+        if skipped > 0:
+            self.is_over = self._events[skipped - 1].is_final
+            del self._events[:skipped]
+        return True
 
     def read(self, timeout: float) -> list[_Event] | None:
         """Some events, none if there is none in time; None at the end"""
@@ -9645,13 +9679,9 @@ class _FileTail:
             is_dead = self._cut or self._is_dead()  # asked before reading: what it wrote last is read then
             self._fill()
             if self._events:
-                events = list(self._events)
-                self._events.clear()
-                self.is_over = events[-1].is_final
-                return events
+                return self._given()
             if is_dead:
-                self.is_over = True
-                return [_Event("interrupted", self._cut or self._interrupted or _data(_public("PRODUCER_LOST")))]
+                return self._interruption()
             if not self.bell.wait(until - time.monotonic()):
                 return []
         return None
@@ -9667,15 +9697,15 @@ class _FileTail:
         size = -1
         while not self._events and size != self._size:
             size = self._size
-            self._take(self._read_lines())
+            for line in self._read_lines():
+                self._note(line)
 
     def _is_dead(self) -> bool:
         """Whether nobody writes: a producer holds the lock, which ends with its process, however that ends"""
         return self._id not in _relaying.productions and _is_free(self._file)
 
     def cut(self, told: str) -> None:
-        """This process goes down"""
-        self._cut = told
+        super().cut(told)
         self.bell.set()
 
     def look_on(self) -> None:
@@ -9693,8 +9723,7 @@ class _FileTail:
                 self.bell.set()
 
     def leave(self) -> None:
-        """Nobody reads any more"""
-        self._left = True
+        super().leave()
         self.bell.set()
 
     def close(self) -> None:
@@ -9827,8 +9856,8 @@ class _Folder:
 # The journal in Redis
 
 
-class _RedisLog:
-    """Events from a production to a Redis stream, which any process on any machine may follow
+class _RedisLog(_Log):
+    """Events from a production to a Redis stream
 
     It writes as long as it is the owner, which it says again and again: one that was taken for dead, and whose stream
     another goes on with, is refused. An entry's id is the number of its event, and what is no event comes after it
@@ -9838,7 +9867,6 @@ class _RedisLog:
 
     #: seconds for which a producer is taken for alive after it last said so
     LEASE = 1.0
-    look_every = 0.0
     _WRITE = """
         local owner = redis.call('get', KEYS[2])
         if owner and owner ~= ARGV[1] then return 0 end
@@ -9858,27 +9886,19 @@ class _RedisLog:
     def __init__(
         self, store: _Redis, id: str, token: str, resumed: _Journaled | None = None, last: str = "0-0"
     ) -> None:
-        self.is_resumed = resumed is not None
-        self.resumed = resumed
+        super().__init__(resumed)
         self.key = _redis_key(id)
         self.seen: Any = None
         #: what the last look of the store has found: whether it is the owner, whether to stop, who follows
         self.found: tuple[Any, Any, Any] = 1, None, None
         self._store = store
         self._token = token
-        self._known: set[str] = set()
         self._number, self._part = map(int, last.split("-"))
 
     def arguments(self, *lines: str) -> tuple[Any, ...]:
         """Of a script that says it is alive, and writes lines with their ids"""
         lease = math.ceil(self.LEASE * 1000)
         return self._WRITE, 2, self.key, f"{self.key}:owner", self._token, lease, self._store.max_age, *lines
-
-    def put(self, events: Sequence[tuple[str, str]], chunk: Chunk | None = None, source: str | None = None) -> None:
-        self.write(_lines_of(events, chunk, source, self._known))
-
-    def interrupt(self, events: Sequence[tuple[str, str]], tried: bool = False) -> None:
-        self.write([_interruption(events, tried)])
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         number, part, entries = self._number, self._part, []
@@ -9920,23 +9940,19 @@ class _RedisLog:
         return stop is not None, seen not in (None, before)
 
 
-class _RedisTail:
+class _RedisTail(_Tail):
     """The events of a Redis stream as they are written"""
 
     _WAIT = 0.1
 
     def __init__(self, store: _Redis, id: str, header: Mapping[str, Any]) -> None:
+        super().__init__()
         self.header = header
         self._store, self._redis = store, store.redis
         self._key = _redis_key(id)
         self._last = "0-1"
-        self._number = 0
-        self._events: list[_Event] = []
-        self._interrupted = self._cut = ""
-        self._left = False
         self._was_alive = True
         self._seen_at = 0.0
-        self.is_over = False
 
     def skip(self, after: int) -> bool:
         """Leaves out the events up to one; whether there is that one"""
@@ -9964,12 +9980,9 @@ class _RedisTail:
             with _redis_errors():
                 self._await()
             if self._events:
-                events, self._events = self._events, []
-                self.is_over = events[-1].is_final
-                return events
+                return self._given()
             if self._cut or not self._was_alive:
-                self.is_over = True
-                return [_Event("interrupted", self._cut or self._interrupted or _data(_public("PRODUCER_LOST")))]
+                return self._interruption()
             if time.monotonic() >= until:
                 return []
         return None
@@ -9986,15 +9999,11 @@ class _RedisTail:
     def _take(self) -> None:
         for id, fields in self._redis.xrange(self._key, f"({self._last}", count=100):
             line, last = _line_of(fields), _text_of(id)
-            if "event" in line:
-                if not last.startswith(f"{self._number + 1}-"):
-                    if self._events:  # first those before it
-                        return
-                    raise CheckpointError(f"Redis has lost event {self._number + 1} of a stream")
-                self._number += 1
-                self._events.append(_Event(line["event"], line["data"], self._number))
-                self._interrupted = ""
-            self._interrupted = line.get("interrupted", self._interrupted)
+            if "event" in line and not last.startswith(f"{self._number + 1}-"):
+                if self._events:  # first those before it
+                    return
+                raise CheckpointError(f"Redis has lost event {self._number + 1} of a stream")
+            self._note(line)
             self._last = last
 
     def _say_that_it_follows(self) -> None:
@@ -10006,16 +10015,8 @@ class _RedisTail:
                 pipe.expire(f"{self._key}:seen", self._store.max_age)
                 pipe.execute()
 
-    def cut(self, told: str) -> None:
-        """This process goes down"""
-        self._cut = told
-
     def look_on(self) -> None:
         """There is nothing to look for: it waits for Redis"""
-
-    def leave(self) -> None:
-        """Nobody reads any more"""
-        self._left = True
 
     def close(self) -> None:
         self.leave()
@@ -10406,9 +10407,8 @@ class _Asked:
         self.environ = environ
         self.method: str = environ["REQUEST_METHOD"]
         self.who = who
-        self._framework = (
-            framework  # its request, of which it may have read the body already: a socket would wait for more
-        )
+        # its request: it may have read the body already, and a socket would wait for more
+        self._framework = framework
         self._unread = self._length() or 0
         self.request_id = self.header("X-Request-ID")
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.request_id):
