@@ -563,6 +563,19 @@ def test_the_client_that_goes_away_takes_the_upstream_with_it(server, make):
     server.release()
 
 
+def words_of(events):
+    """The text of events that have nothing else"""
+    return "".join(json.loads(event.data)["content"] for event in events)
+
+
+def left(url, count):
+    """The first events of an answer whose client has gone, and then its producer; and the answer"""
+    with ask(url) as response:
+        first = some(response, count)
+    assert eventually(idle)
+    return first, response
+
+
 # Nobody gets in
 
 
@@ -1113,9 +1126,7 @@ def test_stop_ends_what_is_kept_for_all_who_follow(server, kept):
 def test_stop_ends_a_stream_whose_producer_has_gone_for_good(server, kept):
     server.default = Answer(pace=0.05, ids="numbers")
     with relaying(server, grace=0, **kept) as url:
-        with ask(url) as response:
-            first = some(response, 3)
-        assert eventually(idle)
+        first, response = left(url, 3)
         id = response.headers["X-Stream-Id"]
         assert requests.post(f"{url}/chat/stop/{id}").json() == {"stopped": True}
         came = heard(ask(url, after=first[-1].id))
@@ -1130,9 +1141,7 @@ def test_stop_ends_a_stream_whose_producer_has_gone_for_good(server, kept):
 def test_a_stop_that_the_producer_did_not_live_to_see_is_obeyed_by_who_goes_on(server, tmp_path):
     server.default = Answer(pace=0.05, ids="numbers")
     with relaying(server, grace=0, journal=tmp_path) as url:
-        with ask(url) as response:
-            first = some(response, 3)
-        assert eventually(idle)
+        first, response = left(url, 3)
         (mark,) = tmp_path.glob("*.mark")
         mark.write_text("stop")
         came = heard(ask(url, after=first[-1].id))
@@ -1392,7 +1401,7 @@ def test_who_left_has_the_grace_to_come_back(server, kept):
         id = response.headers["X-Stream-Id"]
         time.sleep(0.2)
         came = heard(ask(url, after=first[-1].id))
-        assert "".join(json.loads(event.data)["content"] for event in first) + text_of(came) == TEXT
+        assert words_of(first) + text_of(came) == TEXT
         assert numbers_of(came) == list(range(len(first) + 1, len(first) + 1 + len(came)))
         assert server.billed == 1
         assert heard(follow(url, id))[-1][1] == "done"
@@ -1422,7 +1431,7 @@ def test_a_stream_whose_producer_has_gone_is_carried_on_where_upstream_can(serve
         assert eventually(idle)
         asked = len(server.requests)
         came = heard(ask(url, after=first[-1].id))
-        assert "".join(json.loads(event.data)["content"] for event in first) + text_of(came) == TEXT
+        assert words_of(first) + text_of(came) == TEXT
         assert numbers_of(came) == list(range(len(first) + 1, len(first) + 1 + len(came)))
         assert came[-1][2]["continuity"] == "replayed"
         assert server.requests[asked].headers["Last-Event-ID"]
@@ -1434,14 +1443,12 @@ def test_a_stream_whose_producer_has_gone_is_carried_on_where_upstream_can(serve
 def test_where_upstream_cannot_go_on_nothing_is_repeated_and_nothing_billed(server, kept):
     server.default = Answer(pace=0.05)
     with relaying(server, grace=0.1, **kept) as url:
-        with ask(url) as response:
-            first = some(response, 4)
-        assert eventually(idle)
+        first, response = left(url, 4)
         for _ in range(2):
             came = heard(ask(url, after=first[-1].id))
             number, name, data = came[-1]
             assert (number, name, data["code"]) == (None, "interrupted", "CONNECTION_LOST")
-            assert TEXT.startswith("".join(json.loads(event.data)["content"] for event in first) + text_of(came))
+            assert TEXT.startswith(words_of(first) + text_of(came))
         assert (server.billed, len(server.requests)) == (1, 1)
 
 
@@ -1494,9 +1501,7 @@ def test_an_event_source_that_is_cut_off_before_the_first_event_does_not_ask_ane
 def test_a_stream_that_could_not_go_on_three_times_is_given_up(server, kept):
     server.default = Answer(pace=0.05)
     with relaying(server, grace=0, **kept) as url:
-        with ask(url) as response:
-            first = some(response, 3)
-        assert eventually(idle)
+        first, response = left(url, 3)
         server.default = error_answer(400)
         for _ in range(3):
             came = heard(ask(url, after=first[-1].id))
@@ -1521,14 +1526,12 @@ def test_an_event_that_never_was_is_refused_before_anything_is_asked(server, kep
 def test_a_takeover_that_upstream_refuses_leaves_the_stream_to_another_try(server, kept):
     server.default = Answer(pace=0.05, ids="numbers")
     with relaying(server, grace=0.1, **kept) as url:
-        with ask(url) as response:
-            first = some(response, 4)
-        assert eventually(idle)
+        first, response = left(url, 4)
         server.answer(error_answer(503))
         came = heard(ask(url, after=first[-1].id))
         assert came[-1][1] == "interrupted"
         rest = heard(ask(url, after=first[-1].id))
-        assert "".join(json.loads(event.data)["content"] for event in first) + text_of(rest) == TEXT
+        assert words_of(first) + text_of(rest) == TEXT
 
 
 def test_tool_calls_and_reasoning_are_kept_too(server, kept):
@@ -1928,7 +1931,7 @@ def test_a_mark_that_was_removed_is_not_missed(server, tmp_path):
         (mark,) = tmp_path.glob("*.mark")
         mark.unlink()
         rest = told(sheepsse.iter_bytes(response))
-    assert "".join(json.loads(event.data)["content"] for event in first) + text_of(rest) == TEXT
+    assert words_of(first) + text_of(rest) == TEXT
 
 
 def test_a_stream_whose_folder_has_gone_ends(server, tmp_path, caplog):
@@ -1967,15 +1970,13 @@ def test_a_follower_that_looks_does_not_keep_another_from_taking_over(server, tm
 
     server.default = Answer(pace=0.05, ids="numbers")
     with relaying(server, journal=tmp_path, grace=0) as url:
-        with ask(url) as response:
-            first = some(response, 3)
-        assert eventually(idle)
+        first, response = left(url, 3)
         (path,) = tmp_path.glob("*.relay")
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH)
             threading.Timer(0.1, fcntl.flock, (file, fcntl.LOCK_UN)).start()
             rest = heard(ask(url, after=first[-1].id))
-    assert "".join(json.loads(event.data)["content"] for event in first) + text_of(rest) == TEXT
+    assert words_of(first) + text_of(rest) == TEXT
 
 
 def test_a_journal_that_is_damaged_far_behind_is_not_carried_on(server, tmp_path):
@@ -1995,6 +1996,15 @@ def test_a_journal_that_is_damaged_far_behind_is_not_carried_on(server, tmp_path
         assert server.billed == 1
 
 
+def test_an_event_far_behind_is_found(server, kept):
+    server.default = Answer(text="word " * 3000)
+    with relaying(server, **kept) as url:
+        with ask(url) as response:
+            id = response.headers["X-Stream-Id"]
+            whole = told(sheepsse.iter_bytes(response), id)
+        assert heard(follow(url, id, f"{id}:2990")) == whole[2990:]
+
+
 def test_a_journal_that_is_a_link_is_not_written_to(tmp_path):
     (tmp_path / f"{'0' * 32}.relay").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(sheepsse.CheckpointError, match="is a link"):
@@ -2006,14 +2016,12 @@ def test_a_key_that_is_gone_when_a_stream_is_to_go_on_leaves_it_to_another_try(s
     monkeypatch.setenv("MY_KEY", "k-1234567890")
     server.default = Answer(pace=0.05, ids="numbers")
     with sheepsse.Client("mine", model="m") as client, serving(bare_app(client, journal=tmp_path, grace=0)) as url:
-        with ask(url) as response:
-            first = some(response, 3)
-        assert eventually(idle)
+        first, response = left(url, 3)
         monkeypatch.delenv("MY_KEY")
         assert ask(url, after=first[-1].id).status_code == 502
         monkeypatch.setenv("MY_KEY", "k-1234567890")
         rest = heard(ask(url, after=first[-1].id))
-    assert "".join(json.loads(event.data)["content"] for event in first) + text_of(rest) == TEXT
+    assert words_of(first) + text_of(rest) == TEXT
 
 
 # Redis
