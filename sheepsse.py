@@ -56,7 +56,6 @@ import weakref
 from http.client import HTTPException
 from http.client import HTTPResponse as _HTTPResponse
 from http.client import IncompleteRead as _IncompleteRead
-from json.decoder import scanstring  # type: ignore[attr-defined]  # left out by its stubs
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -746,10 +745,6 @@ class _Pieces(List[str]):
         super().append(piece)
         self._put_together()
 
-    def extend(self, pieces: Iterable[str]) -> None:
-        super().extend(pieces)
-        self._put_together()
-
     def _put_together(self) -> None:
         if len(self) - self._done >= self._MANY:
             text = "".join(self[self._done :])
@@ -985,8 +980,6 @@ class SSEDecoder:
 
     #: whether a last event that lacks only its blank line is given out where the connection was lost
     salvages = True
-    #: how an event ends, as servers write it
-    _END = re.compile(rb"\n\n|\r\n\r\n")
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE, last_event_id: str = "") -> None:
         #: the id that a reconnecting client sends back, as of the last blank line
@@ -1003,12 +996,6 @@ class SSEDecoder:
         self._event = b""
         self._id = last_event_id.encode("utf-8")
         self._event_retry: int | None = None
-
-    @property
-    def _is_between(self) -> bool:
-        """Whether the next byte begins an event of which nothing is known: no id, no open line"""
-        begun = self._open or self._after_cr or self._event or self._id or self._failure
-        return not begun and self._data is None and self._event_retry is None
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes"""
@@ -1123,221 +1110,10 @@ def _blocks_of(source: requests.Response | Iterable[bytes]) -> Iterable[bytes]:
     return iter_bytes(source) if hasattr(source, "iter_content") else source  # type: ignore[arg-type]
 
 
-class _Texts(ServerSentEvent):
-    """Events in a row that are like one that was read whole, but for a string in each: what these strings say"""
-
-    texts: list[str]
-    #: their bytes, and how each of them ends
-    wire: bytes
-    end: bytes
-    #: what the event said that they are like
-    like: Chunk
-    #: their decoder, as if they were alone
-    decoder: Callable[[], SSEDecoder | _JSONDecoder]
-
-    def events(self) -> list[ServerSentEvent]:
-        """Each of them"""
-        return self.decoder().feed(self.wire)
-
-    def last(self) -> ServerSentEvent:
-        """The last of them"""
-        return self.decoder().feed(self.wire[: -len(self.end)].rpartition(self.end)[2] + self.end)[0]
-
-
-class _Shortcut:
-    """Takes pieces of text out of events without reading the rest of their JSON, which is the same in each
-
-    One event is read whole, and shows what stands before and behind its text. Another one with the same bytes there,
-    and one JSON string in between, cannot say anything else but for that string. Whatever differs is read whole.
-    """
-
-    #: what stands between the quotes of a JSON string, and of several, a line each
-    _STRING = rb'[^"\\\x00-\x1f]*(?:\\[^\x00-\x1f][^"\\\x00-\x1f]*)*'
-    _STRINGS = re.compile(rb'[^"\\\x00-\x1f]*(?:(?:\\[^\x00-\x1f]|\n)[^"\\\x00-\x1f]*)*')
-    #: chunks read whole after which it learns anew
-    _PATIENCE = 64
-    #: bytes of which a pattern may be made, and those that may be put together with what follows again and again
-    _SHORT = 4096
-    #: members of an event that may vary
-    _MOST = 16
-    #: bytes that are read together where it is closed: a few events, so that the first text is not kept waiting
-    _FEW = 1024
-
-    def __init__(
-        self,
-        varying: Iterable[str],
-        max_event_size: int,
-        is_open: Callable[[], bool] = lambda: True,
-    ) -> None:
-        """``varying`` names members whose value means nothing; ``is_open`` says whether to take events so, now"""
-        self._varying = re.compile(
-            rb'"(?:%b)"\s*:\s*("[^"\\\x00-\x1f]*"|-?\d+)(?=\s*[,}])' % "|".join(varying).encode()
-        )
-        self._max_event_size = max_event_size
-        self._is_open = is_open
-        self._begun = b""  # an event that is not whole yet, of which the decoder does not know
-        self._wire = b""  # of the event that was given out last, where that is known
-        self._whole = self._PATIENCE  # chunks since it learned
-        self._like: Chunk | None = None
-        #: bytes that are looked at together: few where that was in vain, so that it is not done again and again
-        self._window = self._SHORT
-
-    def feed(self, decoder: SSEDecoder | _JSONDecoder, block: bytes) -> Iterator[ServerSentEvent]:
-        """What a block completes, as its decoder gives it, but for the events that are taken as _Texts"""
-        block, position, self._begun = self._begun + block, 0, b""
-        while position < len(block):
-            is_open = self._is_open()
-            is_between = is_open and decoder._is_between
-            texts = self._taken(block, position) if is_between else None
-            if texts is not None:
-                position += len(texts.wire)
-                yield texts
-                continue
-            if is_between and self._is_begun(block, position):
-                self._begun = block[position:]
-                return
-            end = position + self._FEW
-            if is_open:  # by single events, for one of them is to be learned from
-                found = decoder._END.search(block, position)
-                end = len(block) if found is None else found.end()
-            wire = block[position:end]
-            position += len(wire)
-            events = decoder.feed(wire)
-            self._wire = wire if is_between and len(events) == 1 and decoder._is_between else b""
-            self._decoder = type(decoder)
-            yield from events
-
-    def flush(self, decoder: SSEDecoder | _JSONDecoder) -> list[ServerSentEvent]:
-        """What came after the last whole event that was taken"""
-        return decoder.feed(self._begun)
-
-    def _is_begun(self, block: bytes, position: int) -> bool:
-        """Whether the rest of a block is the beginning of an event for certain, and can wait for the next block"""
-        is_short = self._like is not None and len(block) - position < self._SHORT
-        return is_short and self._beginning.match(block, position) is not None
-
-    def _taken(self, block: bytes, position: int) -> _Texts | None:
-        """The events from there on that are like the one learned; None where the first is not"""
-        like = self._like
-        first = self._event.match(block, position) if like else None
-        if like is None or first is None or first.end() - position > self._max_event_size:
-            return None
-        start, end = first.start(1), first.end()
-        texts = self._unquoted(first.group(1), 1)
-        if texts is None:
-            return None
-        window = block[start : position + min(self._window, self._max_event_size)]
-        if start + len(window) > end:
-            more, size = self._taken_together(window)
-            self._window = self._SHORT if more is None else min(4 * self._window, _BLOCK)
-            if more is not None:
-                texts, end = more, start + size
-        taken = _Texts()
-        taken.texts, taken.wire, taken.end = texts, block[position:end], self._end
-        taken.like, taken.decoder = like, self._new_decoder
-        return taken
-
-    def _taken_together(self, window: bytes) -> tuple[list[str] | None, int]:
-        """The texts of all whole events in a part of a block, which begins with the first text, and where these end
-
-        None where others are among them.
-        """
-        pieces = self._between.split(window)
-        rest = pieces.pop()  # the last text, and what is behind it
-        end = len(window) - len(rest)
-        last = self._behind.match(rest)
-        if last is not None:
-            pieces.append(last.group(1))
-            end += last.end()
-        else:  # its event is not whole: back to the end of the one before, behind which it begins
-            end = window.rindex(self._end, 0, end) + len(self._end)
-        lines = b"\n".join(pieces)
-        return self._unquoted(lines, len(pieces)) if self._STRINGS.fullmatch(lines) else None, end
-
-    @staticmethod
-    def _unquoted(lines: bytes, count: int) -> list[str] | None:
-        """What JSON strings say, given a line each without their quotes; None where one of them is none, or is empty"""
-        try:
-            texts = lines.decode("utf-8").split("\n")
-            if b"\\" in lines:
-                texts = [scanstring(text + '"', 0)[0] if "\\" in text else text for text in texts]
-        except ValueError:
-            return None
-        return texts if len(texts) == count and "" not in texts else None
-
-    def _new_decoder(self) -> SSEDecoder | _JSONDecoder:
-        return self._decoder(self._max_event_size)
-
-    def may_learn(self, chunk: Chunk) -> bool:
-        """Whether it is time to learn, and the event that was given out last says this chunk alone, and text alone"""
-        self._whole += 1
-        if self._whole < self._PATIENCE or not (self._wire and chunk.text):
-            return False
-        return chunk._replace(text="", raw=None, usage=None, id="", model="") == Chunk()
-
-    def learn(self, chunk: Chunk, read: Callable[[ServerSentEvent], Iterable[Chunk]]) -> None:
-        """Learns from the event that was given out last, which said ``chunk``
-
-        ``read`` gives what an event says by itself.
-        """
-        wire = self._wire
-        self._like, self._whole = None, 0
-        found = [form for form in self._quoted(chunk.text) if wire.count(form) == 1]
-        ends = self._decoder._END.findall(wire)
-        is_simple = len(ends) == 1 and wire.endswith(ends[0]) and len(self._varying.findall(wire)) <= self._MOST
-        if not (found and is_simple) or len(wire) > len(chunk.text) + self._SHORT:
-            return
-        self._end = ends[0]
-        before, after = wire.split(found[0])
-        # What is between might be another string that happens to be the same: then another text says nothing else.
-        other = 'another "text"'
-        try:
-            says = [self._said(data, read) for data in (wire, before + self._quoted(other)[0] + after)]
-        except SheepError:  # as of one that is an error, too; who reads it is told
-            return
-        if says != [[chunk._replace(raw={})], [chunk._replace(text=other, raw={})]]:
-            return
-        head, tail = self._pattern(before + b'"'), self._pattern(b'"' + after)
-        self._event = re.compile(head + b"(" + self._STRING + b")" + tail)
-        self._behind = re.compile(b"(" + self._STRING + b")" + tail)
-        self._between = re.compile(tail + head)
-        lines = before.rfind(b"\n") + 1  # and then the last one, which has to have a brace, and an end
-        self._beginning = re.compile(re.escape(before[: lines + 1]) + rb"[^}\r\n]*\Z")
-        self._like = chunk
-
-    @staticmethod
-    def _quoted(text: str) -> list[bytes]:
-        """The ways in which a text is mostly written in JSON"""
-        ways = {json.dumps(text), json.dumps(text, ensure_ascii=False)}
-        return [way.encode("utf-8", "surrogatepass") for way in ways]
-
-    def _said(self, wire: bytes, read: Callable[[ServerSentEvent], Iterable[Chunk]]) -> list[Chunk]:
-        """What an event says, by itself"""
-        return [chunk._replace(raw={}) for event in self._new_decoder().feed(wire) for chunk in read(event)]
-
-    def _pattern(self, data: bytes) -> bytes:
-        """A pattern for these bytes, with other values where they mean nothing, and other padding at the end"""
-        pattern, position = b"", 0
-        for match in self._varying.finditer(data):
-            is_number = match.group(1)[:1] != b'"'
-            pattern += re.escape(data[position : match.start(1)])
-            pattern += rb"-?(?:0|[1-9]\d{0,17})" if is_number else rb'"[^"\\\x00-\x1f]*"'
-            position = match.end(1)
-        rest = data[position:]
-        content = rest.rstrip()
-        if content[-1:] != b"}":
-            return pattern + re.escape(rest)
-        return pattern + re.escape(content[:-1].rstrip(b" ")) + b" *" + re.escape(rest[len(content) - 1 :])
-
-
-def _decoded(
-    blocks: Iterable[bytes], decoder: SSEDecoder | _JSONDecoder, shortcut: _Shortcut | None = None
-) -> Iterator[ServerSentEvent]:
+def _decoded(blocks: Iterable[bytes], decoder: SSEDecoder | _JSONDecoder) -> Iterator[ServerSentEvent]:
     failure: list[SheepError] = []
     for block in _until_failure(blocks, failure):
-        yield from decoder.feed(block) if shortcut is None else shortcut.feed(decoder, block)
-    if shortcut is not None:
-        yield from shortcut.flush(decoder)
+        yield from decoder.feed(block)
     if decoder.salvages or not failure:
         yield from decoder.flush()
     if failure:
@@ -1370,7 +1146,6 @@ class _JSONDecoder:
     """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
 
     salvages = True
-    _END = re.compile(rb"\n")
     #: what can change where a brace stands: a string's end or an escape inside it, else quotes and braces
     _IN_STRING = re.compile(rb'["\\]')
     _OUTSIDE = re.compile(rb'["{}]')
@@ -1390,10 +1165,6 @@ class _JSONDecoder:
     def is_inside(self) -> bool:
         """Whether an object is begun and not ended"""
         return self._depth > 0
-
-    @property
-    def _is_between(self) -> bool:
-        return not (self.is_inside or self._bom or self._failure)
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         if self._failure:
@@ -1489,11 +1260,7 @@ class _AnswerDecoder(SSEDecoder):
 
 
 def _framed(
-    blocks: Iterator[bytes],
-    content_type: str,
-    format: str | None,
-    max_event_size: int,
-    shortcut: _Shortcut | None = None,
+    blocks: Iterator[bytes], content_type: str, format: str | None, max_event_size: int
 ) -> Iterator[ServerSentEvent]:
     """The events of an answer, in the framing it has; InvalidStreamError where that is none of ours"""
     start = bytearray()
@@ -1511,7 +1278,7 @@ def _framed(
     if visible or len(start) > max_event_size:
         kind = format or (_framing(content_type, visible) if visible else "sse")
         decoder = _AnswerDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
-        yield from _decoded(itertools.chain((bytes(start),), blocks), decoder, shortcut)
+        yield from _decoded(itertools.chain((bytes(start),), blocks), decoder)
         if isinstance(decoder, _JSONDecoder) and decoder.is_inside:
             raise StreamInterrupted("the answer ended in the middle of its JSON")
 
@@ -1617,10 +1384,6 @@ class _StrictDecoder(SSEDecoder):
 # ============================================================================================================
 
 
-#: what texts that were taken by a _Shortcut mostly say beside themselves
-_NOTHING_ELSE = Chunk()
-
-
 class Dialect:
     """How one family of APIs speaks; an instance reads one stream
 
@@ -1640,9 +1403,6 @@ class Dialect:
     require_end = True
     #: whether the end of a stream repeats the answer, which is held against what came
     compares = False
-    #: members that change from one piece of text to the next and mean nothing. Where a class itself, not one that it is
-    #: made from, has this, its texts may be taken by a _Shortcut
-    _varying: tuple[str, ...]
     #: names of events whose data must be readable; others are skipped where it is not
     event_names: frozenset[str] = frozenset({"message", "error"})
 
@@ -1714,14 +1474,6 @@ class Dialect:
         """What an event brings; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
         raise NotImplementedError
 
-    def _is_plain(self, chunk: Chunk) -> bool:
-        """Whether another event like that of this chunk, which is text alone, says nothing else but its text"""
-        return chunk.usage is None
-
-    def _take(self, texts: _Texts) -> Chunk | None:
-        """What such events say beside their texts, noted as by chunks(); None where they are to be read one by one"""
-        return _NOTHING_ELSE
-
     def load(self, event: ServerSentEvent) -> dict[str, Any] | None:
         """The JSON object in an event's data, or None where there is nothing to read"""
         if not event.data.strip():
@@ -1743,7 +1495,6 @@ class _OpenAI(Dialect):
 
     name = "openai"
     path = "/chat/completions"
-    _varying = ("created", "obfuscation", "p")  # the last is Mistral's padding
 
     _FINISH = {
         "stop": "stop",
@@ -1793,10 +1544,6 @@ class _OpenAI(Dialect):
         yield from self._payload(payload, event.id or "", error is None)
         if error is not None:
             raise _stream_error(error)
-
-    def _is_plain(self, chunk: Chunk) -> bool:
-        deltas = [_dict(_dict(choice).get("delta")) for choice in chunk.raw["choices"]]
-        return super()._is_plain(chunk) and all(delta and not delta.get("reasoning_details") for delta in deltas)
 
     def _payload(self, payload: dict[str, Any], event_id: str, expected: bool) -> Iterator[Chunk]:
         choices = [choice for choice in _list(payload.get("choices")) if isinstance(choice, dict)]
@@ -2208,7 +1955,6 @@ class _Anthropic(Dialect):
     path = "/messages"
     roots = ("/v1",)
     headers: Mapping[str, str] = {"anthropic-version": "2023-06-01"}
-    _varying = ()
 
     _FINISH = {
         "end_turn": "stop",
@@ -2361,14 +2107,6 @@ class _Anthropic(Dialect):
         read = self._event_kinds.get(kind)
         if read is not None:
             yield from read(payload, Chunk(event_id=event.id or "", raw=payload))
-
-    def _is_plain(self, chunk: Chunk) -> bool:
-        return super()._is_plain(chunk) and chunk.raw.get("type") == "content_block_delta"
-
-    def _take(self, texts: _Texts) -> Chunk | None:
-        block = self._open.setdefault(_count(texts.like.raw.get("index")), _Part({}))
-        block.append("text", "".join(texts.texts))
-        return _NOTHING_ELSE
 
     def _message_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         message = _dict(payload.get("message"))
@@ -2526,8 +2264,6 @@ class _Gemini(Dialect):
 
     name = "gemini"
     roots = ("/v1beta", "/v1alpha", "/v1")
-    #: what was counted so far: of several events the last one counts
-    _varying = ("promptTokenCount", "candidatesTokenCount", "totalTokenCount", "thoughtsTokenCount", "tokenCount")
 
     _REFUSALS = frozenset({"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"})
     #: Gemini 3 wants its signature at the first call of an answer; this says that the call is not its own
@@ -2702,15 +2438,6 @@ class _Gemini(Dialect):
         self.whole = self.whole or bool(blocked and not candidates) or all(self._finished.values())
         yield from chunks or ([named] if named.usage else [])
 
-    def _is_plain(self, chunk: Chunk) -> bool:
-        contents = [_dict(candidate).get("content") for candidate in chunk.raw["candidates"]]
-        return [_dict(content).get("parts") for content in contents] == [[{"text": chunk.text}]]
-
-    def _take(self, texts: _Texts) -> Chunk | None:
-        last = self.load(texts.last()) or {}
-        self._whole[0].extend([{"text": "".join(texts.texts)}])
-        return Chunk(usage=self._usage(_dict(last.get("usageMetadata"))))
-
     def _candidate(self, candidate: dict[str, Any], named: Chunk) -> Chunk:
         index = _count(candidate.get("index"))
         parts = [part for part in _list(_dict(candidate.get("content")).get("parts")) if isinstance(part, dict)]
@@ -2773,7 +2500,6 @@ class _Responses(Dialect):
     name = "openai-responses"
     path = "/responses"
     compares = True
-    _varying = ("obfuscation", "sequence_number")
 
     _INCOMPLETE = {"max_output_tokens": "length", "content_filter": "refusal"}
     _TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
@@ -2909,19 +2635,6 @@ class _Responses(Dialect):
         number = reader._number if isinstance(reader, _Responses) else None
         query = [parts.query, "stream=true", "" if number is None else f"starting_after={number}"]
         return urlunsplit(parts._replace(query="&".join(filter(None, query))))
-
-    def _is_plain(self, chunk: Chunk) -> bool:
-        return super()._is_plain(chunk) and chunk.raw.get("type") == "response.output_text.delta"
-
-    def _take(self, texts: _Texts) -> Chunk | None:
-        if "sequence_number" in texts.like.raw:
-            numbers = [int(number) for number in re.findall(rb'"sequence_number"\s*:\s*(\d+)', texts.wire)]
-            first = -1 if self._number is None else self._number + 1
-            if numbers != [*range(first, first + len(texts.texts))]:
-                return None
-            self._number, self._last = numbers[-1], self._without_padding(self.load(texts.last()) or {})
-        self._said.extend(texts.texts)
-        return _NOTHING_ELSE
 
     def _is_repeated(self, payload: dict[str, Any]) -> bool:
         """Whether an event came before; StreamInterrupted where some between are missing"""
@@ -3078,7 +2791,6 @@ class _Ollama(Dialect):
     name = "ollama"
     path = "/chat"
     roots = ("/api",)
-    _varying = ("created_at",)
     models_path = "/tags"
 
     _OPTIONS: Mapping[str, str] = {
@@ -3257,65 +2969,7 @@ def _dialect(dialect: str | type[Dialect]) -> type[Dialect]:
     return DIALECTS[dialect] if isinstance(dialect, str) else dialect
 
 
-class _Run(Chunk):
-    """Chunks of text alone in a row, which are made where somebody asks for more than their texts"""
-
-    texts: list[str]
-    #: the texts that nobody has taken yet, the next one last
-    left: list[str]
-    #: a chunk that they are like, but for their text and their usage, which is that of the last
-    like: Chunk
-    #: makes all of the chunks
-    make: Callable[[], list[Chunk]]
-    _made: Sequence[Chunk] = ()
-    #: how many of the texts are noted as given
-    noted = 0
-
-    @classmethod
-    def of(cls, texts: list[str], like: Chunk, beside: Chunk, make: Callable[[], list[Chunk]]) -> _Run:
-        """``beside`` is what they say together beside their texts"""
-        run = cls(*beside)
-        run.texts, run.left, run.like, run.make = texts, texts[::-1], like, make
-        return run
-
-    def chunks(self) -> Sequence[Chunk]:
-        """All of them"""
-        self._made = self._made or self.make()
-        return self._made
-
-    def given(self) -> tuple[Sequence[str], Usage | None]:
-        """The texts that were taken since this was called last, and the usage after them, if it differs for each"""
-        count = len(self.texts) - len(self.left)
-        before, self.noted = self.noted, count
-        if self.usage is None or count in (before, len(self.texts)):
-            return self.texts[before:count], self.usage if count > before else None
-        return self.texts[before:count], self.chunks()[count - 1].usage
-
-
-def _read(event: ServerSentEvent, dialect: Dialect, shortcut: _Shortcut | None) -> Iterator[Chunk]:
-    """What an event says; of those that are texts alone, a _Run"""
-
-    def read_alone(event: ServerSentEvent) -> Iterator[Chunk]:
-        return type(dialect)(dialect.choices).chunks(event)
-
-    if not isinstance(event, _Texts):
-        for chunk in dialect.chunks(event):
-            if shortcut is not None and not dialect.whole and shortcut.may_learn(chunk) and dialect._is_plain(chunk):
-                shortcut.learn(chunk, read_alone)
-            yield chunk
-        return
-    beside = None if dialect.whole else dialect._take(event)
-    if beside is None:
-        for each in event.events():
-            yield from dialect.chunks(each)
-        return
-    events = event.events
-    yield _Run.of(event.texts, event.like, beside, lambda: [chunk for each in events() for chunk in read_alone(each)])
-
-
-def _parsed(
-    events: Iterable[ServerSentEvent], dialect: Dialect, document: bool = False, shortcut: _Shortcut | None = None
-) -> Iterator[Chunk]:
+def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, document: bool = False) -> Iterator[Chunk]:
     """The chunks of events, to the end that the dialect knows
 
     ``document`` says that the events are all of one JSON document, which is an answer or none.
@@ -3323,7 +2977,7 @@ def _parsed(
     said = False
     try:
         for event in events:
-            for chunk in _read(event, dialect, shortcut):
+            for chunk in dialect.chunks(event):
                 said = said or _says(chunk)
                 yield chunk
             if dialect.done:
@@ -6301,12 +5955,6 @@ class _Journal(_Lines):
         """Keeps a chunk, by one write; where that fails with CheckpointError, the file still has all before it"""
         self.write([_journal_json(_chunk_fields(chunk))])
 
-    def append_texts(self, texts: Iterable[str], like: Chunk) -> None:
-        """Keeps chunks that are ``like`` one but for their text, all by one write"""
-        rest = _journal_json(_chunk_fields(like._replace(text="")))[1:]
-        between = "," if len(rest) > 1 else ""
-        self.write([f'{{"text":{_to_json(text)}{between}{rest}' for text in texts])
-
     def note(self, continuity: str) -> None:
         """Keeps how the text was made whole"""
         if continuity != self.continuity:
@@ -6868,12 +6516,6 @@ class _Clock:
             if self.first_text is None:
                 self.first_text = came
 
-    def note_texts(self, texts: Sequence[str]) -> None:
-        """Notes chunks of text alone, that are not the first"""
-        self.chunks += len(texts)
-        self.pieces += len(texts)
-        self.chars += sum(map(len, texts))
-
     def since_start(self, moment: float | None) -> float | None:
         return None if moment is None or self.start is None else moment - self.start
 
@@ -6968,8 +6610,6 @@ class _Terms(NamedTuple):
         )
 
 
-#: whether the texts of a stream may be taken out of its events without reading these whole
-_SHORTCUTS = True
 #: seconds that may go into asking the service to end a job
 _GIVE_UP_TIME = 2.0
 #: seconds for which a stream whose text is whole is waited on for its usage
@@ -7019,7 +6659,6 @@ class _Call:
         self._untold = False  # whether this caller has been given nothing yet of what a checkpoint holds
         self._journal: _Journal | None = None
         self.cached = False  # whether the answer is a checkpoint's
-        self.by_text = False  # whether its reader takes nothing but the text
         self._given_up = False
         self._slot = contextlib.ExitStack()  # of the limiter, as long as it is held
         self._has_slot = False
@@ -7133,7 +6772,7 @@ class _Call:
 
     def follow(self, other: _Call, error: SheepError) -> None:
         """Goes on for another call, which got no answer: with its slot, and its passage, where they are of use"""
-        self.clock.start, self.attempts, self.by_text = other.clock.start, other.attempts, other.by_text
+        self.clock.start, self.attempts = other.clock.start, other.attempts
         self.own_request_id = self.request_id = other.own_request_id
         if _unbound(self._options.limiter) is _unbound(other._options.limiter):
             self._slot, self._has_slot = other._slot.pop_all(), other._has_slot
@@ -7488,31 +7127,17 @@ class _Call:
                 break
             self._came_at = time.monotonic()
             self.clock.wait(asked, self._came_at)
-            if not isinstance(chunk, _Run):
-                self.answer.add(chunk)
-                self._progress = self._progress or _says(chunk)
-                self.clock.note(chunk, self._came_at)
+            self.answer.add(chunk)
+            self._progress = self._progress or _says(chunk)
+            self.clock.note(chunk, self._came_at)
             if self._journal is not None:
                 self._journal.note(self.continuity)
-                self._keep(chunk, self._journal)
+                # where to go on after a kill is known of events with an id of their own alone
+                self._journal.append(chunk if self._events.has_own_id else chunk._replace(event_id=""))
             yield chunk
         if self._journal is not None:
             self._journal.note(self.continuity)
             self._journal.finish()
-
-    def _keep(self, chunk: Chunk, journal: _Journal) -> None:
-        if not isinstance(chunk, _Run):  # where to go on after a kill is known of events with an id of their own alone
-            journal.append(chunk if self._events.has_own_id else chunk._replace(event_id=""))
-            return
-        try:
-            if chunk.usage is None:
-                journal.append_texts(chunk.texts, chunk.like)
-            else:  # which differs from one to the next
-                for each in chunk.chunks():
-                    journal.append(each)
-        except CheckpointError:
-            self.given(chunk.texts, chunk.usage)  # not to the caller, but they came: they are in the error
-            raise
 
     def _next(self, chunks: Iterator[Chunk]) -> Chunk | None:
         try:
@@ -7531,9 +7156,8 @@ class _Call:
         document = _is_document(content_type)
         blocks = _limited_blocks(response, self.wire)
         try:
-            shortcut = self._shortcut(plan)
-            events = _framed(blocks, content_type, self._options.format, self._options.max_event_size, shortcut)
-            yield from self._timed(_parsed(plan.events(events), dialect, document, shortcut), dialect)
+            events = _framed(blocks, content_type, self._options.format, self._options.max_event_size)
+            yield from self._timed(_parsed(plan.events(events), dialect, document), dialect)
             if self.wire.ended:
                 raise StreamInterrupted("ended from outside")
             if dialect.done:
@@ -7551,22 +7175,6 @@ class _Call:
             self.wire.detach()
             response.close()
 
-    def _shortcut(self, plan: _Plan) -> _Shortcut | None:
-        """What takes texts alone out of a stream, where nothing but their texts is needed"""
-        varying = vars(type(plan.dialect)).get("_varying")
-        if varying is None or plan.chunks is not iter or not _SHORTCUTS:
-            return None
-        log = self._events  # in which events with ids are to be noted
-        return _Shortcut(varying, self._options.max_event_size, is_open=lambda: self.by_text and log.is_idle)
-
-    def given(self, texts: Sequence[str], usage: Usage | None) -> None:
-        """Notes texts of a _Run that went to the caller, and the usage after them, where there is one"""
-        self.answer.text.extend(texts)
-        self.clock.note_texts(texts)
-        if usage is not None:
-            self.answer.usage = usage
-            self.usages[-1:] = [usage]
-
     def _timed(self, chunks: Iterator[Chunk], dialect: Dialect) -> Iterator[Chunk]:
         """The same chunks, each within the limits"""
         wire, idle = self.wire, self._options.idle_timeout
@@ -7579,7 +7187,7 @@ class _Call:
             chunk = next(chunks, None)
             if chunk is None:
                 return
-            if chunk.usage is not None and not isinstance(chunk, _Run):
+            if chunk.usage is not None:
                 self.usages[-1:] = [chunk.usage]
             self._events.said()
             yield chunk
@@ -7713,9 +7321,6 @@ def _may_do_without_stream(error: SheepError) -> bool:
     return isinstance(error, (InvalidStreamError, StreamError, StreamInterrupted, StreamTimeout))
 
 
-_NOTHING = _Run.of([], Chunk(), Chunk(), list)
-
-
 class Stream:
     """The answer to one request, as it is written: an iterator of str, each a piece of text that is not empty
 
@@ -7729,8 +7334,6 @@ class Stream:
         self._call = call
         self._spares = list(spares)
         self._chunks: Iterator[Chunk] | None = None
-        self._run = _NOTHING  # what came last, when that was texts alone
-        self._noting = threading.RLock()  # for those who look at it from another thread, or from a signal handler
         self._ended = False
         self._gave = False  # a piece of the answer
         self._ending = ""  # why it was ended from outside
@@ -7741,14 +7344,6 @@ class Stream:
 
     def __next__(self) -> str:
         while True:
-            left = self._run.left
-            if left and self._busy.acquire(False):
-                try:
-                    if left and not self._call.is_over:
-                        return left.pop()
-                finally:
-                    self._busy.release()
-            self._call.by_text = True
             chunk = self._next()
             if chunk is None:
                 raise StopIteration
@@ -7758,7 +7353,6 @@ class Stream:
     def chunks(self) -> Iterator[Chunk]:
         """The same stream, as Chunks: with reasoning, refusals, tool calls, usage and every choice"""
         while True:
-            self._call.by_text = False
             chunk = self._next()
             if chunk is None:
                 return
@@ -7768,25 +7362,9 @@ class Stream:
         return self._as_reader(self._advance)
 
     def _advance(self) -> Chunk | None:
-        self._informed_call()
-        run = self._run
-        if run.left and not self._call.is_over:  # of which somebody asks for more than the text now
-            chunk = run.chunks()[-len(run.left)]
-            run.left.pop()
-            return chunk
         came = None if self._ended else self._came()
-        if isinstance(came, _Run):
-            self._run = came
         self._ended = came is None
         return came
-
-    def _informed_call(self) -> _Call:
-        """The call, which knows of all texts that were given"""
-        with self._noting:
-            texts, usage = self._run.given()
-            if texts:
-                self._call.given(texts, usage)
-        return self._call
 
     def _came(self) -> Chunk | None:
         """What comes next; from a spare, where nothing came yet and nothing will"""
@@ -7798,7 +7376,7 @@ class Stream:
                 if not self._took_a_spare(error):
                     raise
             else:
-                self._gave = self._gave or (came is not None and (isinstance(came, _Run) or _says(came)))
+                self._gave = self._gave or (came is not None and _says(came))
                 return came
 
     def _took_a_spare(self, error: SheepError) -> bool:
@@ -7886,8 +7464,6 @@ class Stream:
     def _finish(self) -> None:
         self._ended = True
         self._chunks = None
-        self._informed_call()
-        self._run = _NOTHING
         for spare in self._spares:
             spare.call.close()
         self._call.close()
@@ -7910,7 +7486,7 @@ class Stream:
     @property
     def text(self) -> str:
         """The text so far"""
-        return "".join(self._informed_call().answer.text)
+        return "".join(self._call.answer.text)
 
     @property
     def reasoning(self) -> str:
@@ -7930,7 +7506,7 @@ class Stream:
     @property
     def usage(self) -> Usage | None:
         """What the provider counted, None where it has not said"""
-        return self._informed_call().answer.usage
+        return self._call.answer.usage
 
     @property
     def cost(self) -> Decimal | None:
@@ -7955,12 +7531,12 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """All of the answer so far"""
-        return self._informed_call().answer.completion()
+        return self._call.answer.completion()
 
     @property
     def stats(self) -> StreamStats:
         """How it went so far"""
-        call = self._informed_call()
+        call = self._call
         return call.clock.stats(call.usages, call.attempts, call.reconnects, call.cached)
 
     @property

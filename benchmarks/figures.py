@@ -478,7 +478,7 @@ def without_stats() -> Options:
     """Stats are always on: a clock that notes nothing is what comes nearest to a stream without them"""
     import sheepsse
 
-    with mock.patch.multiple(sheepsse._Clock, note=no_note, note_texts=no_note, wait=no_note):
+    with mock.patch.multiple(sheepsse._Clock, note=no_note, wait=no_note):
         yield {}
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import ssl
 import statistics
+import sys
 import threading
 import time
 import urllib.parse
@@ -2003,3 +2004,116 @@ def test_a_url_of_the_server_is_in_messages_without_its_query(server):
         _, error = read(client.stream("Go"))
     assert f"{server.base_url}/chat/completions" in str(error)
     assert "very-secret" not in str(error)
+
+
+# Amid a block: many events that arrive together
+
+
+def in_one_block(count=300, **options):
+    """An answer in so many words, written in large blocks"""
+    return Answer(events=[b"".join(chat_events(numbered_words(count)))], **options)
+
+
+def numbered_words(count=300):
+    return [f" w{number}" for number in range(count)]
+
+
+def take(stream, count):
+    return list(itertools.islice(stream, count))
+
+
+def test_a_cancel_amid_a_block_ends_the_stream_with_what_was_returned(server, client):
+    server.answer(in_one_block())
+    stream = client.stream("Go", resume="never")
+    came = take(stream, 200)
+    stream.cancel()
+    rest, error = read(stream)
+    assert rest == []
+    assert type(error) is sheepsse.StreamCancelled
+    assert error.partial.text == stream.text == "".join(came)
+
+
+def test_a_deadline_amid_a_block_ends_the_stream_with_what_was_returned(server, client):
+    server.answer(in_one_block())
+    stream = client.stream("Go", resume="never", deadline=0.5)
+    came = take(stream, 200)
+    time.sleep(0.6)  # what the caller does counts too
+    rest, error = read(stream)
+    assert rest == []
+    assert type(error) is sheepsse.StreamTimeout
+    assert error.partial.text == stream.text == "".join(came)
+
+
+def test_closing_a_stream_amid_a_block_ends_it_quietly(server, client):
+    server.answer(in_one_block())
+    stream = client.stream("Go", resume="never")
+    came = take(stream, 200)
+    stream.close()
+    assert list(stream) == []
+    assert stream.text == "".join(came)
+    assert stream.stats.chars == len(stream.text)
+
+
+def test_text_received_before_the_connection_was_lost_is_returned_first(server, client):
+    whole = in_one_block()
+    server.answer(whole._replace(framing="length", cut_at=len(whole.events[0]) // 2))
+    came, error = read(client.stream("Go", resume="never"))
+    assert type(error) is sheepsse.StreamInterrupted
+    assert came == numbered_words()[: len(came)]
+    assert len(came) > 100
+    assert error.partial.text == "".join(came)
+
+
+def test_text_and_chunks_may_be_taken_in_turns(server, client):
+    server.answer(in_one_block())
+    stream = client.stream("Go", resume="never")
+    came = []
+    for number in range(250):
+        came.append(next(stream) if number % 5 else next(stream.chunks()).text)
+    came += [chunk.text for chunk in stream.chunks()]
+    assert [text for text in came if text] == numbered_words()
+    assert stream.text == "".join(numbered_words())
+
+
+def test_text_seen_from_another_thread_only_grows(server, client):
+    whole, seen = "".join(numbered_words(5000)), []
+    server.answer(in_one_block(5000))
+    stream = client.stream("Go")
+    ended = threading.Event()
+
+    def look():
+        while not ended.is_set():
+            text = stream.text
+            seen.append(len(text) if whole.startswith(text) else -1)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with in_another_thread(look):
+            try:
+                assert "".join(stream) == whole
+            finally:
+                ended.set()
+    finally:
+        sys.setswitchinterval(interval)
+    assert seen == sorted(seen)
+    assert seen[0] >= 0
+
+
+def test_usage_in_each_event_is_that_of_the_last_chunk_returned(server):
+    def event(number):
+        parts = [{"text": f" w{number}"}]
+        usage = {"promptTokenCount": 9, "candidatesTokenCount": number, "totalTokenCount": number + 9}
+        return data_event({"candidates": [{"content": {"parts": parts}, "index": 0}], "usageMetadata": usage})
+
+    server.answer(Answer(events=[b"".join(map(event, range(1, 301)))]))
+    with asking(server, dialect="gemini", base_url=server.origin) as client:
+        stream = client.stream("Go", resume="never")
+        take(stream, 200)
+        assert stream.usage.output_tokens == stream.completion.usage.output_tokens == 200
+        assert [usage.output_tokens for usage in stream.stats.usage_by_attempt] == [200]
+        assert next(stream.chunks()).usage == stream.usage
+        assert stream.usage.output_tokens == 201
+        stream.cancel()
+        _, error = read(stream)
+        assert error.partial.usage.output_tokens == error.resume_point.tokens_received == 201
