@@ -1,20 +1,27 @@
 """What all tests share: a real server on loopback, and an environment that holds no key and no proxy"""
 
+import collections
 import contextlib
 import gc
 import json
 import os
 import pathlib
+import socket
 import sys
+import threading
 import time
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import local_provider  # noqa: E402  # found by the line above
 import sheepsse  # noqa: E402
+
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # for a busy machine everything is slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,16 +106,150 @@ def timed(function):
     return result, time.perf_counter() - start
 
 
-def folder_of(variable):
-    """The folder that an environment variable names, or a skip that says which is missing"""
-    folder = os.environ.get(variable)
-    if not folder:
-        pytest.skip(f"{variable} is not set: it names a folder of files that are not part of this repository")
-    return pathlib.Path(folder)
+# Time: no test compares the clock on the wall, as the machine may be busy with something else
+
+
+#: Seconds after which a wait is given up, as it can only be a hang
+HANG = 60
+#: The options of a client that nothing but the test itself ends
+PATIENT = {"timeout": None, "first_timeout": None, "idle_timeout": None}
+
+
+def until(condition):
+    """Waits until the condition holds; False where it never does"""
+    end = time.monotonic() + HANG
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+@contextlib.contextmanager
+def in_another_thread(function, *arguments):
+    """Runs a function beside the block, and waits for it at the block's end; gives a list for its result"""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(*arguments)), daemon=True)
+    thread.start()
+    try:
+        yield results
+    finally:
+        thread.join(HANG)
+        assert not thread.is_alive()
+
+
+def cpu_seconds(function, rounds=5):
+    """The processor time that this thread takes for a function: the least of some rounds, as noise only adds to it"""
+    taken = []
+    for _ in range(rounds):
+        start = time.thread_time()
+        function()
+        taken.append(time.thread_time() - start)
+    return min(taken)
+
+
+class Clock:
+    """The `time` of sheepsse: it stands still but for what a test adds to `now`, and for `step` at each look"""
+
+    def __init__(self, base=lambda: 0.0):
+        self._base = base
+        self.now = self.step = 0.0
+        self.slept = []
+
+    def monotonic(self):
+        self.now += self.step
+        return self._base() + self.now
+
+    __call__ = monotonic
+
+    def sleep(self, seconds):
+        assert seconds > 0
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still, which sheepsse looks at in place of its own"""
+    made = Clock()
+    monkeypatch.setattr(sheepsse, "time", made)
+    return made
+
+
+@pytest.fixture
+def running_clock(monkeypatch):
+    """The real time for sheepsse, to which a test can add some"""
+    made = Clock(time.monotonic)
+    monkeypatch.setattr(sheepsse, "time", made)
+    return made
+
+
+class Hurry:
+    """From `begin` to `end` whoever may wait for a socket for a limited time waits for a tenth of a second at most"""
+
+    is_on = False
+
+    def begin(self):
+        self.is_on = True
+
+    def end(self):
+        self.is_on = False
+
+
+@pytest.fixture
+def hurry(monkeypatch):
+    made, plain = Hurry(), socket.socket.settimeout
+
+    def settimeout(sock, seconds):
+        plain(sock, 0.1 if made.is_on and seconds else seconds)
+
+    monkeypatch.setattr(socket.socket, "settimeout", settimeout)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_connection_is_given_up_for_its_slow_end(monkeypatch):
+    """A client waits for the end of a body, to use its connection again; in these tests for as long as it takes"""
+    monkeypatch.setattr(sheepsse, "_DRAIN_TIME", float(HANG))
+
+
+# What is not on every machine
+
+
+#: Fixtures that need a folder of files that are not part of this repository, and the variables that name it
+FOLDERS = {"recordings": "SHEEPSSE_RECORDINGS", "cases": "SHEEPSSE_CASES"}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the tests whose folder is not there: nobody who has the repository alone can run them"""
+    missing = {fixture for fixture, variable in FOLDERS.items() if not os.environ.get(variable)}
+    left_out = [item for item in items if missing & set(getattr(item, "fixturenames", ()))]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")
 def recordings():
     """Real recorded streams: the folder and its index"""
-    folder = folder_of("SHEEPSSE_RECORDINGS")
+    folder = pathlib.Path(os.environ[FOLDERS["recordings"]])
     return folder, json.loads((folder / "INDEX.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def cases():
+    """The folder of the conformance files"""
+    return pathlib.Path(os.environ[FOLDERS["cases"]])
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What each skipped test needs, one line for each need"""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = collections.Counter(report.longrepr[2].partition("Skipped: ")[2] for report in reports)
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"{reason}: {count}")

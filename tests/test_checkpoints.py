@@ -133,7 +133,11 @@ CHUNKS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+#: One file will do for all examples, and a busy machine is slow
+SLOW_FILES = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(max_examples=100, suppress_health_check=SLOW_FILES)
 @example(FULL)
 @example([Chunk(text="\ud83d\ude00"), Chunk(text="\U0001f600"), Chunk(), Chunk(usage=Usage(cost=Decimal("1E+3")))])
 @given(st.lists(CHUNKS, max_size=4))
@@ -595,7 +599,7 @@ def test_a_flipped_byte_never_gives_a_wrong_chunk(path, flip):
     assert errors >= last - 1
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=SLOW_FILES)
 @given(st.binary(max_size=60), st.integers(0, 10_000), st.integers(0, 10_000))
 def test_any_other_bytes_in_the_middle_never_give_a_wrong_chunk(path, other, start, length):
     whole = section._journal_of({"sheepsse": 1}, FULL)

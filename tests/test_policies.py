@@ -11,7 +11,7 @@ import requests
 import responses
 import trustme
 import urllib3
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import sheepsse
@@ -221,7 +221,6 @@ def test_a_huge_attempt_waits_no_longer_than_the_longest(multiplier):
     max_delay=st.floats(0, 1e9),
     jitter=st.booleans(),
 )
-@settings(deadline=None)
 def test_no_numbers_make_a_wait_longer_than_the_longest_or_shorter_than_none(
     attempt, base_delay, multiplier, max_delay, jitter
 ):
@@ -425,7 +424,6 @@ def test_geminis_retry_info_is_waited_for(server):
     assert waits == [3.5]
 
 
-@settings(deadline=None)
 @given(st.text(alphabet=st.characters(min_codepoint=32, max_codepoint=126), max_size=40))
 def test_nothing_that_a_retry_after_can_hold_is_an_error(value):
     for status in (429, 503):
@@ -440,7 +438,6 @@ PARTS = ["Wed,", "21", "Oct", "2015", "07:28:00", "GMT", "12.34.56.78+0800", "-0
 @given(st.lists(st.sampled_from(PARTS), max_size=8).map(" ".join))
 @example("21 Oct 07:28:00 ,")
 @example("Wed, 21 Oct 2015 12.34.56.78+0800")
-@settings(deadline=None)
 def test_nothing_that_resembles_a_date_is_an_error(value):
     wait = sheepsse._status_error(503, {"retry-after": value}).retry_after
     assert wait is None or wait >= 0

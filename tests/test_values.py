@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 import requests
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import sheepsse
@@ -256,7 +256,6 @@ def test_a_tool_call_without_arguments_is_a_call():
 PIECES = st.builds(lambda text, index: Chunk(text, "r", index=index), st.text(max_size=3), st.integers(0, 1))
 
 
-@settings(deadline=None)
 @given(st.lists(PIECES, max_size=10))
 def test_the_text_of_an_answer_is_its_pieces_joined(chunks):
     pieces = list(sheepsse.iter_text(chunks))
