@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import threading
@@ -17,7 +18,7 @@ import responses
 import trustme
 
 import sheepsse
-from conftest import asking, read, timed
+from conftest import HANG, PATIENT, asking, in_another_thread, read
 from local_provider import (
     COMMENT,
     FRAMINGS,
@@ -36,7 +37,8 @@ from local_provider import (
 every_framing = pytest.mark.parametrize("framing", FRAMINGS)
 WORDS = split_words(TEXT)
 KEY = "sk-not-a-real-key-0123456789"
-PATIENT = {"timeout": (5, 30), "first_timeout": 30, "idle_timeout": 30}
+#: seconds that no test waits for
+FOREVER = 1_000_000
 
 
 def closed_port():
@@ -551,21 +553,17 @@ def test_a_redirect_to_no_address_is_the_same_error(server, location):
 
 
 def test_the_body_of_a_redirect_is_read_no_further_than_any_errors(server):
-    def endless():
-        end = time.perf_counter() + 1
-        while time.perf_counter() < end:
-            yield b"x" * 1_000_000
-
-    server.answer(Answer(status=307, headers={"Location": "/x"}, events=endless(), framing="close"))
-    with asking(server) as client:
-        (_, error), seconds = timed(lambda: read(client.stream("Go")))
+    endless = itertools.repeat(b"x" * 1_000_000)
+    server.answer(Answer(status=307, headers={"Location": "/x"}, events=endless, framing="close"))
+    with asking(server, **PATIENT) as client:
+        _, error = read(client.stream("Go"))
     assert type(error) is sheepsse.InvalidRequestError
-    assert seconds < 0.5
 
 
-def test_a_redirect_whose_body_stalls_is_a_redirect_still(server):
+def test_a_redirect_whose_body_stalls_is_a_redirect_still(server, monkeypatch):
+    monkeypatch.setattr(sheepsse, "_ERROR_BODY_TIME", 0.1)
     server.default = Answer(status=307, headers={"Location": "/x"}, body=b"x" * 100, framing="length", stall_at=10)
-    with asking(server, timeout=(5, 0.1), retry=sheepsse.Retry(2, base_delay=0)) as client:
+    with asking(server, retry=sheepsse.Retry(2, base_delay=0), **PATIENT) as client:
         _, error = read(client.stream("Go"))
     assert len(server.requests) == 1
     assert type(error) is sheepsse.InvalidRequestError
@@ -679,16 +677,16 @@ def test_a_completion_cut_in_a_body_without_a_length_is_a_lost_one(server, frami
         assert client.complete("Go").text == TEXT
 
 
-def test_complete_has_a_deadline(server, client):
-    server.answer(Answer(delay=5))
-    (error, seconds) = timed(lambda: pytest.raises(sheepsse.StreamTimeout, client.complete, "Go", deadline=0.1))
-    assert "deadline" in str(error.value)
-    assert seconds < 0.6
+def test_complete_has_a_deadline(server):
+    server.answer(Answer(delay=FOREVER))
+    with asking(server, **PATIENT) as client:
+        with pytest.raises(sheepsse.StreamTimeout, match="deadline"):
+            client.complete("Go", deadline=0.1)
 
 
 def test_complete_is_limited_against_a_body_that_trickles(server):
-    server.answer(Answer(block=1, pace=0.01))
-    with asking(server, first_timeout=0.1) as client:
+    server.answer(Answer(block=1, pace=0.1))
+    with asking(server, **{**PATIENT, "first_timeout": 0.1}) as client:
         with pytest.raises(sheepsse.StreamTimeout, match="first_timeout"):
             client.complete("Go")
 
@@ -696,11 +694,15 @@ def test_complete_is_limited_against_a_body_that_trickles(server):
 # check()
 
 
-def test_check_says_that_all_is_well(server):
+def test_check_says_that_all_is_well(server, clock):
+    def answer(request):
+        clock.now += 2
+        return Answer()
+
+    server.default = answer
     with asking(server, api_key=KEY, headers={"X-Mine": "1"}, model=None) as client:
         health = client.check()
-    assert health == sheepsse.Health(True, "ok", health.latency, (MODEL,), None)
-    assert 0 < health.latency < 1
+    assert health == sheepsse.Health(True, "ok", 2, (MODEL,), None)
     (request,) = server.requests
     assert (request.method, request.path) == ("GET", "/v1/models")
     assert request.headers["Authorization"] == f"Bearer {KEY}"
@@ -791,27 +793,26 @@ def test_check_lists_no_model_without_a_name(server, client):
 UNREACHABLE = {
     "dropped": Answer(drop=True),
     "reset": Answer(drop=True, cut="reset"),
-    "silent": Answer(delay=5),
-    "a header byte by byte": Answer(header_pace=0.01),
+    "silent": Answer(delay=FOREVER),
+    "a header byte by byte": Answer(header_pace=0.1),
 }
 
 
 @pytest.mark.parametrize("answer", UNREACHABLE.values(), ids=UNREACHABLE)
 def test_check_knows_an_unreachable_server_in_time(server, answer):
     server.default = answer
-    with asking(server, retry=5) as client:
-        health, seconds = timed(lambda: client.check(timeout=0.1))
+    with asking(server, retry=5, **PATIENT) as client:
+        health = client.check(timeout=HANG if answer.drop else 0.1)
     assert (health.ok, health.status, health.latency) == (False, "unreachable", None)
     assert server.origin in health.error
-    assert seconds < 0.6
-    assert len(server.requests) == 1
-    assert server.wait_closed(5)
+    assert server.wait_closed(HANG)
+    assert len(server.requests) <= 1  # on a busy machine the time is over before it is sent
 
 
 HALF = {
-    "byte by byte": {"block": 1, "pace": 0.01},
-    "compressed, byte by byte": {"block": 1, "pace": 0.01, "framing": "gzip"},
-    "byte by byte to the connection's end": {"block": 1, "pace": 0.01, "framing": "close"},
+    "byte by byte": {"block": 1, "pace": 0.1},
+    "compressed, byte by byte": {"block": 1, "pace": 0.1, "framing": "gzip"},
+    "byte by byte to the connection's end": {"block": 1, "pace": 0.1, "framing": "close"},
     "silent in its middle": {"stall_at": 20, "framing": "length"},
     "cut": {"cut_at": 20, "framing": "length"},
     "cut in a chunk": {"cut_at": 20},
@@ -820,13 +821,13 @@ HALF = {
 
 
 @pytest.mark.parametrize("how", HALF.values(), ids=HALF)
-def test_check_of_a_list_that_does_not_come_whole_says_so_in_time(server, client, how):
+def test_check_of_a_list_that_does_not_come_whole_says_so_in_time(server, how):
     server.answer(Answer(**how))
-    health, seconds = timed(lambda: client.check(timeout=0.1))
+    with asking(server, **PATIENT) as client:
+        health = client.check(timeout=HANG if "cut_at" in how else 0.1)
     assert (health.ok, health.status) == (False, "unreachable")
-    assert ("lost" if "cut_at" in how else "time") in health.error
+    assert re.search("lost" if "cut_at" in how else "time|deadline", health.error)
     assert "base URL" not in health.error
-    assert seconds < 0.6
 
 
 def test_check_knows_that_nobody_listens():
@@ -842,11 +843,10 @@ def test_check_of_an_address_that_cannot_be_asked(server):
 
 
 def test_check_in_time_over_a_session_of_the_callers_own(server):
-    server.answer(Answer(block=1, pace=0.01))
-    with requests.Session() as session, asking(server, session=session) as client:
-        health, seconds = timed(lambda: client.check(timeout=0.1))
+    server.answer(Answer(block=1, pace=0.1))
+    with requests.Session() as session, asking(server, session=session, **PATIENT) as client:
+        health = client.check(timeout=0.1)
     assert health.ok is False
-    assert seconds < 0.6
 
 
 def test_check_gives_its_connection_back(server, client):
@@ -872,7 +872,7 @@ def test_closing_a_client_closes_its_connections_and_not_the_client(server):
     assert list(client.stream("Go")) == WORDS
     assert server.open_connections == 1
     client.close()
-    assert server.wait_closed(5)
+    assert server.wait_closed(HANG)
     client.close()
     assert list(client.stream("Go")) == WORDS
     client.close()
@@ -891,7 +891,7 @@ def test_threads_share_a_client(server, client):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(HANG)
     assert results == dict.fromkeys(range(8), True)
     assert server.connections <= 8
     assert len(server.requests) == 40
@@ -983,24 +983,14 @@ def test_cancel_ends_a_read_over_a_session_of_the_callers_own(either_server, ses
         for number in range(10):
             stream = client.stream("Go")
             came = [next(stream), next(stream)]
-            moments = []
-
-            def cancel(stream=stream, moments=moments, number=number):
-                time.sleep(number / 4000)
-                moments.append(time.perf_counter())
-                stream.cancel()
-
-            thread = threading.Thread(target=cancel)
-            thread.start()
-            more, error = read(stream)
-            end = time.perf_counter()
-            thread.join()
+            pause = number / 4000
+            with in_another_thread(lambda stream=stream, pause=pause: (time.sleep(pause), stream.cancel())):
+                more, error = read(stream)  # which nothing else ends
             assert type(error) is sheepsse.StreamCancelled, number
             assert (came, more) == (WORDS[:2], [])
             assert error.partial.text == "".join(came)
-            assert end - moments[0] < 0.2
             error.__traceback__ = None
-    assert either_server.wait_closed(5)
+    assert either_server.wait_closed(HANG)
 
 
 def test_a_late_cancel_never_hurts_another_stream_on_the_callers_session(either_server, session):
@@ -1044,25 +1034,26 @@ def test_leaving_early_lets_go_of_a_connection_of_the_callers_session(server, se
     with asking(server, session=session) as client:
         for _ in client.stream("Go"):
             break
-        assert server.wait_closed(5)
+        assert server.wait_closed(HANG)
         with client.stream("Go") as stream:
             next(stream)
-        assert server.wait_closed(5)
+        assert server.wait_closed(HANG)
 
 
-FIRST = chat_events(WORDS[:1], finish=None, done=False)
+#: in one write, as nothing is said of what comes between the role and the word
+FIRST = [b"".join(chat_events(WORDS[:1], finish=None, done=False))]
 
 
 @pytest.mark.parametrize(
     ("limit", "answer"),
     [
-        ("idle_timeout", Answer(events=[*FIRST, b":"], stall_after=2, keepalive=0.01)),
-        ("idle_timeout", Answer(events=[*FIRST, b":"], stall_after=2, keepalive=0.01, framing="gzip-close")),
-        ("idle_timeout", Answer(events=[*FIRST, *[b"x"] * 200], pace=0.01, framing="length")),
+        ("idle_timeout", Answer(events=[*FIRST, b":"], stall_after=1, keepalive=0.01)),
+        ("idle_timeout", Answer(events=[*FIRST, b":"], stall_after=1, keepalive=0.01, framing="gzip-close")),
+        ("idle_timeout", Answer(events=[*FIRST, *[b"x"] * 5000], pace=0.01, framing="length")),
         ("first_timeout", Answer(stall_after=0, keepalive=0.01)),
         ("first_timeout", Answer(events=itertools.repeat(COMMENT), pace=0.01, framing="close")),
-        ("first_timeout", Answer(delay=5)),
-        ("deadline", Answer(events=[chunk_event(content="x")] * 300, pace=0.01)),
+        ("first_timeout", Answer(delay=FOREVER)),
+        ("deadline", Answer(events=itertools.repeat(chunk_event(content="x")), pace=0.01)),
         ("deadline", Answer(stall_after=2)),
     ],
 )
@@ -1070,12 +1061,10 @@ def test_limits_hold_over_a_session_of_the_callers_own(either_server, session, l
     either_server.answer(answer)
     options = {} if limit == "deadline" else {limit: 0.1}
     with asking(either_server, session=session, **{**PATIENT, **options}) as client:
-        call = client.stream("Go", deadline=0.1 if limit == "deadline" else None)
-        (_, error), seconds = timed(lambda: read(call))
+        _, error = read(client.stream("Go", deadline=0.1 if limit == "deadline" else None))
     assert type(error) is sheepsse.StreamTimeout
     assert limit in str(error)
-    assert 0.09 < seconds < 1
-    assert either_server.wait_closed(5)
+    assert either_server.wait_closed(HANG)
 
 
 @every_framing
@@ -1196,13 +1185,13 @@ def test_a_stream_of_another_library_can_be_cancelled_between_two_words():
 # Errors and their bodies
 
 
-def test_the_body_of_an_error_is_read_for_a_limited_time(server, client, monkeypatch):
+def test_the_body_of_an_error_is_read_for_a_limited_time(server, monkeypatch):
     monkeypatch.setattr(sheepsse, "_ERROR_BODY_TIME", 0.1)
-    server.answer(Answer(status=503, body=b"x" * 1000, block=1, pace=0.02))
-    (_, error), seconds = timed(lambda: read(client.stream("Go")))
+    server.answer(Answer(status=503, events=itertools.repeat(b"x"), pace=0.02))
+    with asking(server, **PATIENT) as client:
+        _, error = read(client.stream("Go"))
     assert type(error) is sheepsse.ServerError
-    assert seconds < 0.6
-    assert server.wait_closed(5)
+    assert server.wait_closed(HANG)
 
 
 def test_no_more_of_an_errors_body_is_read_than_is_of_use(server, client):
@@ -1211,7 +1200,7 @@ def test_no_more_of_an_errors_body_is_read_than_is_of_use(server, client):
     assert type(error) is sheepsse.InvalidRequestError
     assert len(error.response.content) <= 65536
     assert len(str(error)) < 1000
-    assert server.wait_closed(5)
+    assert server.wait_closed(HANG)
 
 
 def test_an_error_whose_body_is_lost_is_the_same_error(server, client):
