@@ -1,12 +1,15 @@
 """Section 5, what streams of each dialect say, over real sockets and cut into blocks of any size"""
 
+import os
+import subprocess
+import sys
 from decimal import Decimal
 
 import pytest
 
 import local_provider
 import sheepsse
-from conftest import folder_of, read
+from conftest import FOLDERS, HANG, ROOT, read
 from transcripts import DONE, STOP, TRANSCRIPTS, chunk, says, sse
 from transcripts_vendors import (
     DOCUMENTS,
@@ -136,15 +139,16 @@ def recorded_type(row):
 
 
 @pytest.fixture
-def received(monkeypatch):
-    """The blocks of the last answer, as they came from the socket"""
+def received(monkeypatch, block):
+    """The blocks of the last answer as they came from the socket, cut into blocks of so many bytes"""
     blocks, read_blocks = [], sheepsse._limited_blocks
 
     def kept(*args):
         blocks.clear()
-        for block in read_blocks(*args):
-            blocks.append(block)
-            yield block
+        for piece in read_blocks(*args):
+            for cut in local_provider.blocks([piece], block):
+                blocks.append(cut)
+                yield cut
 
     monkeypatch.setattr(sheepsse, "_limited_blocks", kept)
     return blocks
@@ -158,7 +162,7 @@ def test_every_recording_says_what_its_index_says(server, clients, recordings, r
     assert rows
     for row in rows:
         body, content_type = (folder / row["file"]).read_bytes(), recorded_type(row)
-        stream = served(server, clients[RECORDED_AS[dialect]], body, block, content_type)
+        stream = served(server, clients[RECORDED_AS[dialect]], body, 4096, content_type)
         pieces, error = read(stream)
         check_recording(row, stream.completion, error)
         assert "".join(pieces) == stream.text, row["file"]
@@ -282,10 +286,14 @@ def test_the_texts_of_all_choices_of_a_recording_are_told_apart(recordings):
         assert [answer.finish_reason for answer in answers] == row["expected"]["finishes"]
 
 
-def test_a_missing_folder_of_recordings_is_a_skip_with_a_plain_message(monkeypatch):
-    monkeypatch.delenv("SHEEPSSE_RECORDINGS", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="SHEEPSSE_RECORDINGS is not set"):
-        folder_of("SHEEPSSE_RECORDINGS")
+def test_without_the_folder_of_recordings_their_tests_are_left_out_and_not_skipped():
+    environ = {name: value for name, value in os.environ.items() if name not in FOLDERS.values()}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, timeout=HANG, check=True)
+    assert b"::test_every_recording_says_what_its_index_says" not in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert b"deselected" in last
+    assert b"skipped" not in last
 
 
 # Errors inside a stream: whether they may pass
