@@ -201,19 +201,26 @@ class Hurry:
 
 @pytest.fixture
 def hurry(monkeypatch):
-    made, plain = Hurry(), socket.socket.settimeout
+    made, plain, recv_into = Hurry(), socket.socket.settimeout, socket.socket.recv_into
 
     def settimeout(sock, seconds):
         plain(sock, 0.1 if made.is_on and seconds else seconds)
 
+    def hurried(sock, *args):  # what requests reads by itself has the limit of its request
+        if made.is_on and sock.gettimeout():
+            plain(sock, 0.1)
+        return recv_into(sock, *args)
+
     monkeypatch.setattr(socket.socket, "settimeout", settimeout)
+    monkeypatch.setattr(socket.socket, "recv_into", hurried)
     return made
 
 
 @pytest.fixture(autouse=True)
-def _no_connection_is_given_up_for_its_slow_end(monkeypatch):
-    """A client waits for the end of a body, to use its connection again; in these tests for as long as it takes"""
-    monkeypatch.setattr(sheepsse, "_DRAIN_TIME", float(HANG))
+def _what_is_not_waited_for_long_is_waited_for(monkeypatch):
+    """The end of a body, so that its connection can be used again, and the leave to end a job that nobody wants"""
+    for name in ("_DRAIN_TIME", "_GIVE_UP_TIME"):
+        monkeypatch.setattr(sheepsse, name, float(HANG))
 
 
 # What is not on every machine

@@ -11,15 +11,13 @@ import json
 import os
 import pickle
 import random
-import threading
-import time
 from typing import Any, Mapping, NamedTuple
 
 import pytest
 
 import local_provider
 import sheepsse
-from conftest import asking, read
+from conftest import HANG, PATIENT, asking, in_another_thread, read, until
 from local_provider import DIALECT_BASES, Answer, LocalProvider, error_answer
 
 EVERY_BYTE = bool(os.environ.get("SHEEPSSE_EVERY_BYTE"))
@@ -217,7 +215,7 @@ def offsets(case, size, cut):
 
 
 @each_case
-@pytest.mark.timeout(7200 if EVERY_BYTE else 60)
+@pytest.mark.timeout(7200 if EVERY_BYTE else 5 * HANG)
 @pytest.mark.parametrize("cut", local_provider.CUTS)
 def test_a_stream_cut_at_any_byte_is_made_whole_and_billed_as_its_strategy_says(server, case, cut):
     loss, seen = Loss(), collections.Counter()
@@ -257,7 +255,7 @@ def obstacles(draw):
     return draw.choices(kinds, k=draw.choice([0, 0, 1, 2]))
 
 
-@pytest.mark.timeout(7200 if EVERY_BYTE else 60)
+@pytest.mark.timeout(7200 if EVERY_BYTE else 5 * HANG)
 def test_two_or_three_losses_with_obstacles_between_give_each_piece_once():
     draw, wholes, seen = random.Random(20), {}, collections.Counter()
     for _ in range(2000 if EVERY_BYTE else 60):
@@ -354,7 +352,7 @@ HOPELESS = {
 }
 
 
-@pytest.mark.timeout(7200 if EVERY_BYTE else 60)
+@pytest.mark.timeout(7200 if EVERY_BYTE else 5 * HANG)
 @pytest.mark.parametrize("name", HOPELESS)
 def test_where_no_strategy_is_valid_all_that_came_is_in_partial_and_nothing_is_sent_twice(server, name):
     options, params, answer = HOPELESS[name]
@@ -455,7 +453,7 @@ def test_the_first_reconnect_is_immediate_and_the_hooks_tell_of_each(server):
         jitter=False,
         sleep=slept.append,
         on_retry=lambda error, attempt, delay: told.append(("retry", error.code, attempt, delay)),
-        on_reconnect=lambda attempt, latency: told.append(("reconnect", attempt, 0 <= latency < 60)),
+        on_reconnect=lambda attempt, latency: told.append(("reconnect", attempt, latency >= 0)),
         on_give_up=lambda error, attempt: told.append(("give up", attempt)),
     )
     cut = Answer(text=ANSWER, ids="numbers", cut_after=9)
@@ -503,12 +501,21 @@ def test_a_reconnect_that_fails_for_good_raises_the_loss_with_its_reason(server)
     assert len(server.requests) == 3
 
 
-def test_the_deadline_holds_over_all_connections(server):
-    server.default = Answer(text=ANSWER, ids="numbers", cut_after=3, pace=0.02)
+def taking(clock, seconds, answer):
+    """The answer to each request; so many seconds pass with it"""
+
+    def answered(request):
+        clock.now += seconds
+        return answer
+
+    return answered
+
+
+def test_the_deadline_holds_over_all_connections(server, clock):
+    server.default = taking(clock, 1, Answer(text=ANSWER, ids="numbers", cut_after=3))
     with asking_for(Case("", ""), server) as client:
-        start = time.monotonic()
-        pieces, error = read(client.stream("Hi", deadline=0.4))
-    assert 0.3 < time.monotonic() - start < 2
+        pieces, error = read(client.stream("Hi", deadline=10))
+    assert clock.now == len(server.requests) == 10
     assert isinstance(error, (sheepsse.StreamTimeout, sheepsse.StreamInterrupted))
     assert 0 < len(pieces) < 60
     assert error.partial.text == "".join(pieces)
@@ -516,28 +523,36 @@ def test_the_deadline_holds_over_all_connections(server):
 
 
 def test_no_wait_is_begun_that_the_deadline_would_end(server):
+    slept = []
     server.answer(Answer(text=ANSWER, ids="numbers", cut_after=9), error_answer(429, retry_after=50))
-    with asking_for(Case("", ""), server) as client:
-        start = time.monotonic()
-        pieces, error = read(client.stream("Hi", deadline=5))
-    assert time.monotonic() - start < 2
+    with asking_for(Case("", ""), server, hooks={"sleep": slept.append}) as client:
+        pieces, error = read(client.stream("Hi", deadline=30))
+    assert slept == [0]
     assert error.partial.text == "".join(pieces) != ""
 
 
 @pytest.mark.parametrize("end", ["cancel", "close"])
 @pytest.mark.parametrize("moment", ["waiting", "asking"])
 def test_a_stream_that_reconnects_ends_at_once_when_it_is_told_to(server, end, moment):
+    for_ever, delays = 1_000_000, []
     server.answer(Answer(text=ANSWER, ids="numbers", cut_after=9))
-    server.default = error_answer(503) if moment == "waiting" else Answer(delay=30)
-    retry = sheepsse.Retry(9, base_delay=30, jitter=False)
-    with asking(server, retry=retry) as client:
+    server.default = error_answer(503) if moment == "waiting" else Answer(delay=for_ever)
+    retry = sheepsse.Retry(
+        9,
+        base_delay=for_ever,
+        max_delay=for_ever,
+        jitter=False,
+        on_retry=lambda error, attempt, delay: delays.append(delay),
+    )
+
+    def end_it():
+        assert until(lambda: for_ever in delays if moment == "waiting" else len(server.requests) == 2)
+        getattr(stream, end)()
+
+    with asking(server, retry=retry, **PATIENT) as client:
         stream = client.stream("Hi")
-        timer = threading.Timer(0.2, getattr(stream, end))
-        timer.start()
-        start = time.monotonic()
-        pieces, error = read(stream)
-        timer.join()
-    assert time.monotonic() - start < 5
+        with in_another_thread(end_it):
+            pieces, error = read(stream)
     assert ANSWER.startswith("".join(pieces))
     assert pieces
     assert type(error) is (sheepsse.StreamCancelled if end == "cancel" else type(None))
@@ -918,18 +933,12 @@ def test_a_job_that_still_runs_is_asked_for_until_it_is_done(server):
     assert len(slept) >= 3
 
 
-def test_a_job_is_waited_for_no_longer_than_the_deadline(server):
+def test_a_job_is_waited_for_no_longer_than_the_deadline(server, clock):
     server.answer(BACKGROUND.first._replace(cut_after=20), Answer(expired=True))
-    server.default = Answer(text=ANSWER, job="running")
-    with asking(
-        server,
-        base_url=server.origin + "/v1",
-        dialect="openai-responses",
-        retry=sheepsse.Retry(9, base_delay=0.05, multiplier=1, jitter=False),
-    ) as client:
-        start = time.monotonic()
-        pieces, error = read(client.stream("Hi", deadline=0.5, **BACKGROUND.params))
-    assert time.monotonic() - start < 3
+    server.default = taking(clock, 1, Answer(text=ANSWER, job="running"))
+    with asking_for(BACKGROUND, server) as client:
+        pieces, error = read(client.stream("Hi", deadline=10, **BACKGROUND.params))
+    assert clock.now == 11  # it is cancelled when the deadline has passed
     assert isinstance(error, sheepsse.SheepError)
     assert error.partial.text == "".join(pieces) != ""
 
@@ -1374,14 +1383,13 @@ def test_a_job_that_still_runs_after_a_kill_is_waited_for_and_not_begun_again(se
         assert ("".join(stream), stream.continuity, server.billed) == (ANSWER, "replayed", 1)
 
 
-def test_a_job_is_waited_for_no_longer_than_the_limit_between_two_chunks(server):
+def test_a_job_is_waited_for_no_longer_than_the_limit_between_two_chunks(server, clock):
     server.answer(BACKGROUND.first._replace(cut_after=20), Answer(expired=True))
-    server.default = Answer(job="queued")
-    with asking_for(BACKGROUND, server, idle_timeout=0.2) as client:
-        start = time.monotonic()
+    server.default = taking(clock, 1, Answer(job="queued"))
+    with asking_for(BACKGROUND, server, **{**PATIENT, "idle_timeout": 10}) as client:
         _, error = read(client.stream("Hi", background=True))
     assert type(error) is sheepsse.StreamTimeout
-    assert time.monotonic() - start < 5
+    assert 10 <= clock.now <= 12  # it is cancelled then
 
 
 def test_a_job_whose_answer_is_always_cut_is_left_within_the_budget(server):
@@ -1478,21 +1486,26 @@ def test_a_refused_way_takes_one_try_of_the_budget(server):
     assert (len(server.requests), told) == (4, [1, 2, 3])
 
 
-def test_every_error_in_the_middle_of_an_answer_can_be_resumed_from(server):
+def test_every_error_in_the_middle_of_an_answer_can_be_resumed_from(server, hurry):
     answer = Answer(text=ANSWER, ids="numbers")
     overloaded = local_provider.data_event({"error": {"type": "overloaded_error", "message": "Overloaded"}})
     for first in (answer._replace(stall_after=9), Answer(events=[*numbered(range(1, 5)), overloaded])):
         server.answer(first)
         server.default = answer._replace(replay="after")
-        with asking_for(Case("", ""), server, total=0, timeout=(5, 0.2)) as client:
-            given, error = read(client.stream("Hi"))
+        with asking_for(Case("", ""), server, total=0, timeout=HANG) as client:
+            stream = client.stream("Hi")
+            given = [next(stream) for _ in range(4)]
+            hurry.begin()
+            more, error = read(stream)
+            given += more
+            hurry.end()
             server.release()
             assert isinstance(error, (sheepsse.StreamTimeout, sheepsse.StreamError))
             assert error.resume_point.text == "".join(given) != ""
             read(client.stream("Hi", resume_from=error))
 
 
-def test_the_immediate_reconnect_fits_into_any_deadline(server):
+def test_the_immediate_reconnect_fits_into_any_deadline(server, clock):
     server.answer(Answer(text=ANSWER, ids="numbers", cut_after=9))
     server.default = Answer(text=ANSWER)
     with asking(server, retry=5) as client:
@@ -1509,12 +1522,15 @@ def test_a_policy_that_names_a_wait_is_obeyed_also_after_progress(server):
     assert slept == [0.25]
 
 
-@pytest.mark.parametrize("silent", [Answer(delay=30), Answer(stall_after=0)])
-def test_a_deadline_that_passes_while_reconnecting_is_a_time_out(server, silent):
+@pytest.mark.parametrize("silent", [Answer(delay=1_000_000), Answer(stall_after=0)])
+def test_a_deadline_that_passes_while_reconnecting_is_a_time_out(server, silent, running_clock):
+    def let_time_pass(*_):
+        running_clock.now += HANG - 0.1
+
     server.answer(Answer(text=ANSWER, ids="numbers", cut_after=9))
     server.default = silent
-    with asking(server, retry=5) as client:
-        _, error = read(client.stream("Hi", deadline=0.4))
+    with asking(server, retry=sheepsse.Retry(5, on_retry=let_time_pass), **PATIENT) as client:
+        _, error = read(client.stream("Hi", deadline=HANG))
     assert type(error) is sheepsse.StreamTimeout
     assert error.partial.text == error.resume_point.text != ""
 
