@@ -1610,7 +1610,7 @@ def test_it_reads_and_closes_a_response_as_sseclient_py_does(server, kind):
     client = kind(requests.get(server.origin, stream=True, timeout=HANG))
     assert next(client.events()).data == "a"
     client.close()
-    assert server.wait_closed(5)
+    assert server.wait_closed(HANG)
 
 
 def test_its_close_closes_the_source():
