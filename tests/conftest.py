@@ -151,29 +151,38 @@ def cpu_seconds(function, rounds=5):
 class Clock:
     """The `time` of sheepsse: it stands still but for what a test adds to `now`, and for `step` at each look"""
 
-    def __init__(self, base=lambda: 0.0):
-        self._base = base
+    def __init__(self):
         self.now = self.step = 0.0
         self.slept = []
 
     def monotonic(self):
         self.now += self.step
-        return self._base() + self.now
-
-    __call__ = monotonic
+        return self.now
 
     def sleep(self, seconds):
         assert seconds > 0
         self.slept.append(seconds)
         self.now += seconds
 
+    def __call__(self):
+        return self.monotonic()
+
     def __getattr__(self, name):
         return getattr(time, name)
 
 
+class RunningClock(Clock):
+    """The `time` of sheepsse as it is, to which a test adds what it likes"""
+
+    def monotonic(self):
+        return time.monotonic() + self.now
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+
+
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still, which sheepsse looks at in place of its own"""
     made = Clock()
     monkeypatch.setattr(sheepsse, "time", made)
     return made
@@ -181,8 +190,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def running_clock(monkeypatch):
-    """The real time for sheepsse, to which a test can add some"""
-    made = Clock(time.monotonic)
+    made = RunningClock()
     monkeypatch.setattr(sheepsse, "time", made)
     return made
 
