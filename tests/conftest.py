@@ -138,6 +138,23 @@ def in_another_thread(function, *arguments):
         assert not thread.is_alive()
 
 
+class InTurns(list):
+    """A server's `sent_at` that lets it write an event only when it is told to, up to so many events"""
+
+    def __init__(self, events, before=lambda: None):
+        self._events, self._before = events, before
+        self._turns = threading.Semaphore(0)
+
+    def next(self):
+        self._turns.release()
+
+    def append(self, moment):
+        if len(self) < self._events:
+            assert self._turns.acquire(timeout=HANG)
+            self._before()
+        super().append(moment)
+
+
 def cpu_seconds(function, rounds=5):
     """The processor time that this thread takes for a function: the least of some rounds, as noise only adds to it"""
     taken = []

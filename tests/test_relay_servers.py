@@ -1,6 +1,6 @@
 """The relay under the servers that run it: the same events on each, nothing left behind, nothing lost with a worker
 
-SHEEPSSE_RELAY_FULL=1 aborts 500 streams on each server, and reads 200 at once for a minute; without it, fewer.
+SHEEPSSE_RELAY_FULL=1 aborts 500 streams on each server, and reads 200 at once, again and again; without it, fewer.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from conftest import InTurns
 from local_provider import Answer, LocalProvider, chunk_event, split_words
 from relay_servers import (
     DRAINING,
+    HANG,
     KINDS,
     ask,
     connected_to,
@@ -39,12 +41,14 @@ from relay_servers import (
     whole,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what processes hold is read in /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, for /proc")
 
 FULL = bool(os.environ.get("SHEEPSSE_RELAY_FULL"))
 ABORTED = 500 if FULL else 60
-AT_ONCE, SECONDS, PACE = (200, 60, 0.1) if FULL else (30, 5, 0.02)
-LONG = pytest.mark.timeout(300 if FULL else 60)
+AT_ONCE, ROUNDS, PACE = (200, 5, 0.1) if FULL else (30, 3, 0.01)
+LONG = pytest.mark.timeout(20 * HANG if FULL else 5 * HANG)
+#: an answer that says so many words and no more
+SILENT = Answer(stall_after=20, text=" ".join(f"word{number}" for number in range(60)))
 
 #: Servers that show the relay nothing of their sockets: who is gone is noticed when something is written
 BLIND = set() if is_there("werkzeug.sansio") else {"werkzeug"}  # which has it since 2.0
@@ -79,7 +83,7 @@ def provider():
 @pytest.fixture(scope="module", params=KINDS)
 def shared(request, provider, tmp_path_factory):
     """A relay without a journal, on each kind of server; several tests ask it"""
-    relay = {"heartbeat": 0.2 if request.param in BLIND else 15}
+    relay = {"heartbeat": 0.2 if request.param in BLIND else 1000}
     settings = {"client": {"base_url": provider.base_url}, "relay": relay}
     folder, workers = tmp_path_factory.mktemp("shared"), WORKERS.get(request.param, 1)
     with running(request.param, folder, settings, workers=workers) as started:
@@ -89,9 +93,9 @@ def shared(request, provider, tmp_path_factory):
 @pytest.fixture
 def each(shared, provider):
     """The relay on each kind of server, and the provider behind it, which has said nothing yet"""
-    assert provider.wait_closed(5)
+    assert provider.wait_closed(HANG)
     provider.requests.clear()
-    provider.sent_at.clear()
+    provider.sent_at = []
     yield shared, provider
     assert shared.complaints() == []
 
@@ -117,23 +121,35 @@ def check_log(relay):
 
 def idle(relay):
     """Whether no worker of the relay has a stream"""
-    left, deadline = set(relay.workers()), time.monotonic() + 5
-    while left and time.monotonic() < deadline:
-        page = get(relay, "/stats")
-        if page.json()["active"]:
+    left, answers = set(relay.workers()), []
+    while left and len(answers) < 1000:
+        answers.append(get(relay, "/stats"))
+        if answers[-1].json()["active"]:
             return False
-        left.discard(int(page.headers["X-Pid"]))
+        left.discard(int(answers[-1].headers["X-Pid"]))
     return not left
 
 
 # The same on each server
 
 
+def asked_in_turns(server, words, relay, **options):
+    """A reply and its events; upstream sends each of so many words when the client has the one before"""
+    server.sent_at = turns = InTurns(1 + words)
+    turns.next()  # the first write has no text
+    turns.next()
+    events = []
+    with ask(relay, **options) as reply:
+        for event in reply.events():
+            events.append(event)
+            turns.next()
+    return reply, events
+
+
 def check_same(relay, server):
-    """The prompt's events are what they are on every server, and come as they are sent"""
-    server.default = Answer(text=said(30), pace=0.015, connection="close")
-    with ask(relay) as reply:
-        events = list(reply.events())
+    """The prompt's events are what they are on every server; each is there before the next is sent"""
+    server.default = Answer(text=said(30), connection="close")
+    reply, events = asked_in_turns(server, 30, relay)
     assert reply.status == 200
     assert reply.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     assert {event.id.partition(":")[0] for event in events} == {reply.headers["X-Stream-Id"]}
@@ -143,7 +159,6 @@ def check_same(relay, server):
     assert (done["model"], done["finish_reason"], done["usage"]["output_tokens"]) == ("local-model", "stop", 30)
     lags = [event.at - sent for event, sent in zip(events, server.sent_at[1:])]  # the first write has no text
     print("ms from upstream's write to the client:", round(statistics.median(lags) * 1000, 1))
-    assert statistics.median(lags) < 0.05
 
 
 def test_the_same_prompt_gives_the_same_events_on_every_server_as_they_are_sent(each):
@@ -176,30 +191,36 @@ def begin(relay, prompt="Good day?", **options):
     return reply, events
 
 
-@pytest.mark.parametrize(
-    "answer", [Answer(stall_after=3), Answer(pace=0.05, text=said(200))], ids=["silent", "talking"]
-)
-def test_a_client_that_goes_away_ends_the_upstream_within_a_second(each, answer):
+@pytest.mark.parametrize("answer", [SILENT, Answer(pace=0.05, text=said(10_000))], ids=["silent", "talking"])
+def test_a_client_that_goes_away_ends_the_upstream(each, answer):
     relay, server = each
     server.default = answer
     reply, _ = begin(relay)
     at = time.perf_counter()
     reply.leave()
-    assert server.wait_closed(1)
+    assert server.wait_closed(HANG)
     print(f"ms to upstream's end: {(time.perf_counter() - at) * 1000:.0f}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_a_journal_the_upstream_ends_when_the_grace_is_over(serve, server, journal, kind):
-    server.default = Answer(pace=0.05, text=said(200))
-    relay = serve(kind, relay={"heartbeat": 0.2 if kind in BLIND else 15, "grace": 1, **journal})
+    server.default = SILENT
+    relay = serve(kind, relay={"heartbeat": 0.2 if kind in BLIND else 1000, "grace": 1, **journal})
     reply, _ = begin(relay)
     at = time.perf_counter()
     reply.leave()
-    assert server.wait_closed(3)
-    took = time.perf_counter() - at
-    print(f"ms to upstream's end: {took * 1000:.0f}")
-    assert 0.7 < took < 2
+    assert server.wait_closed(HANG)
+    print(f"ms to upstream's end: {(time.perf_counter() - at) * 1000:.0f}")
+
+
+def test_with_a_journal_the_upstream_does_not_end_before_the_grace_is_over(serve, server, journal):
+    server.default = SILENT
+    hasty, patient = (serve(relay={"grace": grace, **journal}, name=f"grace {grace}") for grace in (0, 1000))
+    for relay in (patient, hasty):
+        reply, _ = begin(relay)
+        reply.leave()
+    wait_until(lambda: server.open_connections == 1)
+    assert connected_to(int(server.origin.rpartition(":")[2]), patient.workers())
 
 
 @LONG
@@ -213,7 +234,7 @@ def test_streams_that_are_aborted_leave_nothing_behind(serve, server, kind):
 
     def hold(_):
         reply, _ = begin(relay)
-        together.wait(20)
+        together.wait(HANG)
         reply.leave()
 
     def abort(count):
@@ -223,10 +244,15 @@ def test_streams_that_are_aborted_leave_nothing_behind(serve, server, kind):
         reply.leave()
 
     def settled():
-        assert server.wait_closed(10)
-        wait_until(lambda: idle(relay), 10, 0.05)
-        time.sleep(0.2)
+        assert server.wait_closed(HANG)
+        wait_until(lambda: idle(relay), 0.05)
         return held_by(relay.workers())
+
+    def holds_no_more():
+        after = settled()
+        # gevent looks up names in threads, of which it makes up to ten at need
+        threads = max(before.threads, 11) if "gevent" in kind else before.threads
+        return after.threads <= threads and after.files <= before.files and after.sockets <= before.sockets
 
     with ThreadPoolExecutor(at_once) as clients:
         server.default = Answer(stall_after=3)
@@ -234,12 +260,10 @@ def test_streams_that_are_aborted_leave_nothing_behind(serve, server, kind):
         before = settled()
         server.default = Answer(text=said(60), pace=0.01)
         list(clients.map(abort, [choose.choice([0, 0, 1, 5, 20]) for _ in range(ABORTED)]))
-        after = settled()
-        print(f"{ABORTED} aborted: {before} before, {after} after")
-        # gevent looks up names in threads, of which it makes up to ten at need
-        assert after.threads <= (max(before.threads, 11) if "gevent" in kind else before.threads)
-        assert after.files <= before.files
-        assert after.sockets <= before.sockets
+        try:
+            wait_until(holds_no_more, 0.05)
+        finally:
+            print(f"{ABORTED} aborted: {before} before, {settled()} after")
         server.default = Answer(text=said(10), pace=0.02)
         for events in clients.map(whole, [relay] * at_once):  # each at once, so no slot is lost
             check_whole(events, said(10))
@@ -266,21 +290,21 @@ def test_a_client_that_reads_nothing_is_given_up_after_a_heartbeat_or_two(serve,
     with frozen(relay):
         wait_until(lambda: server.open_connections == 1)
         at = time.perf_counter()
-        assert server.wait_closed(5)
+        assert server.wait_closed(HANG)
         print(f"given up after {time.perf_counter() - at:.1f} s")
         server.default = Answer(text=said(10))
         check_whole(whole(relay), said(10))
 
 
 def test_a_client_that_reads_nothing_holds_up_nobody_who_follows(serve, server, journal):
-    words = [chunk_event(content=1000 * "x")] * 20_000
+    words = [chunk_event(content=1000 * "x")] * 8_000
     server.default = Answer(events=[*words, chunk_event(finish_reason="stop"), b"data: [DONE]\n\n"])
     relay = serve(relay={"heartbeat": 1, **journal})
     with frozen(relay) as sock:
         head = sock.recv(2048)
         stream = re.search(rb"X-Stream-Id: ([0-9a-f]{32})", head, re.IGNORECASE).group(1).decode()
         with follow(relay, stream) as reply:
-            check_whole(list(reply.events()), 1000 * "x" * 20_000)
+            check_whole(list(reply.events()), 1000 * "x" * 8_000)
 
 
 # Workers that die
@@ -297,7 +321,7 @@ def other_worker(relay, stream, process):
 
 
 def killed_midway(relay, server):
-    """What one who follows from another worker gets when the producing worker is killed, and how long that takes"""
+    """What one who follows from another worker gets when the producing worker is killed"""
     reply, events = begin(relay)
     with reply:
         producer = int(reply.headers["X-Pid"])
@@ -309,16 +333,15 @@ def killed_midway(relay, server):
             at = time.perf_counter()
             seen += followed
             assert [event.name for event in events if event.is_terminal] == []  # cut, with no word
-    took = seen[-1].at - at
-    print(f"noticed after {took * 1000:.0f} ms")
-    return seen, took
+    print(f"noticed after {(seen[-1].at - at) * 1000:.0f} ms")
+    return seen
 
 
 def test_a_worker_that_is_killed_is_taken_over_by_another_where_upstream_has_ids(serve, server, journal):
-    server.default = Answer(text=said(60), pace=0.03, ids="numbers")
+    server.default = SILENT._replace(ids="numbers")
     relay = serve(workers=3, relay=journal)
-    first, took = killed_midway(relay, server)
-    assert took < 1
+    first = killed_midway(relay, server)
+    server.default = Answer(text=said(60), ids="numbers")
     assert (first[-1].name, first[-1].id) == ("interrupted", "")
     last = first[-2]
     assert last.number == len(first) - 1
@@ -329,10 +352,9 @@ def test_a_worker_that_is_killed_is_taken_over_by_another_where_upstream_has_ids
 
 
 def test_a_worker_that_is_killed_ends_the_answer_where_upstream_cannot_go_on(serve, server, journal):
-    server.default = Answer(text=said(100), pace=0.03)
+    server.default = SILENT
     relay = serve(workers=3, relay=journal)
-    first, took = killed_midway(relay, server)
-    assert took < 1
+    first = killed_midway(relay, server)
     for _ in range(2):
         rest = whole(relay, after=first[-2].id)
         assert [(event.name, event.id) for event in rest] == [("interrupted", "")]
@@ -348,12 +370,11 @@ def test_a_worker_that_is_killed_ends_the_answer_where_upstream_cannot_go_on(ser
 def test_of_many_at_once_those_who_stay_get_every_event_once(serve, server):
     relay = serve(workers=3, threads=AT_ONCE, relay={"heartbeat": 1})
     server.default = Answer(text=said(120), pace=PACE, connection="close")
-    end = time.monotonic() + SECONDS
-    failures, figures, finished = [], {"whole": 0, "left": 0}, threading.Event()
+    failures, memory, figures = [], [], {"whole": 0, "left": 0}
 
     def client(number):
         choose = random.Random(number)
-        while time.monotonic() < end:
+        for _ in range(ROUNDS):
             stays = choose.random() < 0.6
             try:
                 if stays:
@@ -366,20 +387,13 @@ def test_of_many_at_once_those_who_stay_get_every_event_once(serve, server):
             except Exception as error:
                 failures.append(repr(error))
             figures["whole" if stays else "left"] += 1
+            if number % 10 == 0:
+                memory.append(sum(map(memory_of, relay.workers())) / 1e6)
 
-    def watch():
-        while not finished.wait(SECONDS / 20):
-            memory.append(sum(map(memory_of, relay.workers())) / 1e6)
-
-    memory = []
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     with ThreadPoolExecutor(AT_ONCE) as clients:
         list(clients.map(client, range(AT_ONCE)))
-    finished.set()
-    watcher.join()
     assert failures == []
-    assert server.wait_closed(5)
+    assert server.wait_closed(HANG)
     print(figures, [round(size) for size in memory])
     assert figures["whole"] > AT_ONCE / 2
     assert memory[-1] < memory[len(memory) // 3] * 1.05 + 3
@@ -392,21 +406,17 @@ def test_of_many_at_once_those_who_stay_get_every_event_once(serve, server):
 GZIP = "gzip on; gzip_types text/event-stream; gzip_proxied any;"
 
 
-def test_behind_nginx_as_it_comes_the_first_text_is_there_within_50_ms_zipped_or_not(serve, server, tmp_path):
-    server.default = Answer(text=said(4), pace=0.04)
-    relay = serve()
-    for options, encoding in (("", None), (GZIP, "gzip")):
-        lags = []
-        with nginx(tmp_path, relay, options) as port:
-            for _ in range(7):
-                server.sent_at.clear()
-                with ask(port, headers={"Accept-Encoding": "gzip"}) as reply:
-                    events = list(reply.events())
-                assert reply.headers["Content-Encoding"] == encoding
-                check_whole(events, said(4))
-                lags.append(events[0].at - server.sent_at[1])  # the first write has no text
-        print(f"{encoding}, ms from upstream's write to the client:", [round(lag * 1000, 1) for lag in lags])
-        assert statistics.median(lags) < 0.05
+@pytest.mark.parametrize(("options", "encoding"), [("", None), (GZIP, "gzip")], ids=["plain", "zipped"])
+def test_behind_nginx_as_it_comes_each_text_is_there_before_the_next_is_sent(
+    serve, server, tmp_path, options, encoding
+):
+    server.default = Answer(text=said(10))
+    with nginx(tmp_path, serve(), options) as port:
+        reply, events = asked_in_turns(server, 10, port, headers={"Accept-Encoding": "gzip"})
+    assert reply.headers["Content-Encoding"] == encoding
+    check_whole(events, said(10))
+    lags = [event.at - sent for event, sent in zip(events, server.sent_at[1:])]  # the first write has no text
+    print("ms from upstream's write to the client:", [round(lag * 1000, 1) for lag in lags])
 
 
 # A server that ends
@@ -430,23 +440,22 @@ def told_to_end(relay, server, count):
         reply.close()
         last = came[-1]
         assert (last.name, last.id, last.data["code"]) == ("interrupted", "", "SHUTTING_DOWN")
-        assert last.at - at < 2
-    relay.leader.wait(10)
+    relay.leader.wait(HANG)
     took = time.perf_counter() - at
     print(f"clients were told after {(last.at - at) * 1000:.0f} ms, the server ended after {took:.1f} s")
-    assert took < 6
-    assert server.wait_closed(1)
+    assert server.wait_closed(HANG)
     return told
 
 
 def test_a_server_that_is_told_to_end_says_so_to_every_client(serve, server, draining):
-    server.default = Answer(text=said(1000), pace=0.05)
+    server.default = Answer(text=said(10_000), pace=0.05)
     told_to_end(serve(**draining), server, 4)
 
 
 def test_the_next_server_carries_on_what_one_that_was_told_to_end_left(serve, server, draining, journal):
-    server.default = Answer(text=said(60), pace=0.02, ids="numbers")
+    server.default = SILENT._replace(ids="numbers")
     left = [events[-2] for events in told_to_end(serve(relay=journal, **draining), server, 2)]
+    server.default = Answer(text=said(60), ids="numbers")
     relay = serve(relay=journal, name="the next")
     for last in left:
         words = split_words(said(60))[last.number :]
@@ -462,7 +471,7 @@ def two(request, serve, tmp_path, journal):
     """Two servers that have nothing in common but a folder, or a Redis as if they were two machines"""
     with contextlib.ExitStack() as stack:
         place = {"redis": stack.enter_context(redis_server(tmp_path))} if request.param == "redis" else journal
-        yield [serve(relay={**place, "grace": 1}, name=name) for name in ("one", "other")]
+        yield [serve(relay=place, name=name) for name in ("one", "other")]
 
 
 def test_a_stream_can_be_followed_on_another_server(server, two):
@@ -477,20 +486,20 @@ def test_a_stream_can_be_followed_on_another_server(server, two):
 
 def test_a_stream_can_be_stopped_on_another_server(server, two):
     one, other = two
-    server.default = Answer(text=said(1000), pace=0.02)
+    server.default = SILENT
     reply, events = begin(one)
     with reply:
         at = time.perf_counter()
         assert stop(other, reply.headers["X-Stream-Id"]).json() == {"stopped": True}
-        assert server.wait_closed(0.5)
+        assert server.wait_closed(HANG)
         print(f"ms to upstream's end: {(time.perf_counter() - at) * 1000:.0f}")
         last = list(events)[-1]
-    assert (last.name, last.data["code"], last.at - at < 0.5) == ("interrupted", "CANCELLED", True)
+    assert (last.name, last.data["code"]) == ("interrupted", "CANCELLED")
 
 
 def test_a_server_that_dies_is_taken_over_by_another(server, two):
     one, other = two
-    server.default = Answer(text=said(60), pace=0.03, ids="numbers")
+    server.default = SILENT._replace(ids="numbers")
     reply, _ = begin(one)
     with follow(other, reply.headers["X-Stream-Id"]) as following, reply:
         events = following.events()
@@ -500,7 +509,7 @@ def test_a_server_that_dies_is_taken_over_by_another(server, two):
         first += events
     assert (first[-1].name, first[-1].id) == ("interrupted", "")
     print(f"noticed after {(first[-1].at - at) * 1000:.0f} ms")
-    assert first[-1].at - at < 1.5
+    server.default = Answer(text=said(60), ids="numbers")
     rest = whole(other, after=first[-2].id)
     check_whole(rest, said(60)[len(text_of(first)) :], after=first[-2].number)
     assert server.billed == 1

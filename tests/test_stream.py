@@ -20,7 +20,7 @@ import requests
 import trustme
 
 import sheepsse
-from conftest import HANG, PATIENT, asking, in_another_thread, read, until
+from conftest import HANG, PATIENT, InTurns, asking, in_another_thread, read, until
 from local_provider import (
     COMMENT,
     FRAMINGS,
@@ -91,23 +91,6 @@ def keeps_files(server):
 
 def random_text(size, seed=0):
     return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=size))
-
-
-class InTurns(list):
-    """A server's `sent_at` that lets it write an event only when it is told to, up to so many events"""
-
-    def __init__(self, events, before=lambda: None):
-        self._events, self._before = events, before
-        self._turns = threading.Semaphore(0)
-
-    def next(self):
-        self._turns.release()
-
-    def append(self, moment):
-        if len(self) < self._events:
-            assert self._turns.acquire(timeout=HANG)
-            self._before()
-        super().append(moment)
 
 
 def check_in_turns(server, client, framing, size):
