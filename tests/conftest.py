@@ -99,13 +99,6 @@ def read(pieces):
     return came, None
 
 
-def timed(function):
-    """What a function gives, and the seconds it takes"""
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
-
-
 # Time: no test compares the clock on the wall, as the machine may be busy with something else
 
 

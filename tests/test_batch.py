@@ -611,7 +611,7 @@ def test_a_stream_that_begins_when_all_is_closed_is_cancelled(echo):
     assert echo.requests == []
 
 
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="needs Python 3.10, for Dask")
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="needs Python 3.10 (Dask)")
 def test_a_dask_cluster_does_the_work(echo):
     distributed = pytest.importorskip("distributed", reason="needs the extra 'peers' (Dask)")
     echo.default = lambda request: error_answer(400) if said(request) == "number 3" else Answer(text=said(request))

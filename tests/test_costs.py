@@ -149,7 +149,7 @@ def test_no_usage_has_no_cost():
     ],
 )
 def test_list_prices_are_those_of_genai_prices(model, provider):
-    prices = pytest.importorskip("genai_prices", reason="genai-prices is not installed, or not for this Python")
+    prices = pytest.importorskip("genai_prices", reason="needs genai-prices")
     vendor = {"gemini": "google"}.get(provider, provider)
     plain = Usage(input_tokens=1000, output_tokens=500, cache_read_tokens=600)
     counts = prices.Usage(input_tokens=1000, output_tokens=500, cache_read_tokens=600)

@@ -42,10 +42,26 @@ def names(transcript):
     return transcript.name if transcript.dialect == "openai" else f"{transcript.dialect}: {transcript.name}"
 
 
-def served(server, client, body, block, content_type=None):
-    """A stream of this body, written in blocks of so many bytes"""
-    server.answer(local_provider.Answer(body=body, block=block, content_type=content_type))
+def served(server, client, body, content_type=None):
+    """A stream of this body"""
+    server.answer(local_provider.Answer(body=body, block=4096, content_type=content_type))
     return client.stream("Good day?", resume="never")
+
+
+@pytest.fixture
+def received(monkeypatch, block):
+    """The blocks of the last answer as they came from the socket, cut into blocks of so many bytes"""
+    blocks, read_blocks = [], sheepsse._limited_blocks
+
+    def kept(*args):
+        blocks.clear()
+        for piece in read_blocks(*args):
+            for start in range(0, len(piece), block):
+                blocks.append(piece[start : start + block])
+                yield blocks[-1]
+
+    monkeypatch.setattr(sheepsse, "_limited_blocks", kept)
+    return blocks
 
 
 def triples(tool_calls):
@@ -60,8 +76,9 @@ def events_of(blocks, content_type):
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("transcript", TRANSCRIPTS + VENDORS, ids=names)
-def test_a_stream_says_over_a_socket_what_its_transcript_says(server, clients, transcript, block):
-    stream = served(server, clients[transcript.dialect], transcript.body, block, media_type(transcript))
+@pytest.mark.usefixtures("received")
+def test_a_stream_says_over_a_socket_what_its_transcript_says(server, clients, transcript):
+    stream = served(server, clients[transcript.dialect], transcript.body, media_type(transcript))
     pieces, error = read(stream)
     answer = stream.completion
     assert "".join(pieces) == answer.text == stream.text == transcript.text
@@ -138,31 +155,15 @@ def recorded_type(row):
     return endings[row["file"].rpartition(".")[2]]
 
 
-@pytest.fixture
-def received(monkeypatch, block):
-    """The blocks of the last answer as they came from the socket, cut into blocks of so many bytes"""
-    blocks, read_blocks = [], sheepsse._limited_blocks
-
-    def kept(*args):
-        blocks.clear()
-        for piece in read_blocks(*args):
-            for cut in local_provider.blocks([piece], block):
-                blocks.append(cut)
-                yield cut
-
-    monkeypatch.setattr(sheepsse, "_limited_blocks", kept)
-    return blocks
-
-
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dialect", RECORDED_AS)
-def test_every_recording_says_what_its_index_says(server, clients, recordings, received, dialect, block):
+def test_every_recording_says_what_its_index_says(server, clients, recordings, received, dialect):
     folder, index = recordings
     rows = recorded(index, dialect)
     assert rows
     for row in rows:
         body, content_type = (folder / row["file"]).read_bytes(), recorded_type(row)
-        stream = served(server, clients[RECORDED_AS[dialect]], body, 4096, content_type)
+        stream = served(server, clients[RECORDED_AS[dialect]], body, content_type)
         pieces, error = read(stream)
         check_recording(row, stream.completion, error)
         assert "".join(pieces) == stream.text, row["file"]
@@ -440,7 +441,7 @@ HALF_ARGUED = {
 
 @pytest.mark.parametrize("dialect", HALF_ARGUED)
 def test_arguments_that_stop_half_way_are_kept_and_are_an_error_where_they_are_parsed(server, clients, dialect):
-    stream = served(server, clients[dialect], HALF_ARGUED[dialect], 7)
+    stream = served(server, clients[dialect], HALF_ARGUED[dialect])
     assert list(stream) == []
     (call,) = stream.tool_calls
     assert (call.id, call.name, call.arguments) == ("t-1", "look", HALF)

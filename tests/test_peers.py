@@ -13,9 +13,10 @@ from conftest import asking, read
 from transcripts import TRANSCRIPTS
 from transcripts_vendors import PLAIN, media_type
 
-openai = pytest.importorskip("openai", reason="the extra 'peers' is not installed: it brings the vendors' SDKs")
-anthropic = pytest.importorskip("anthropic", reason="the extra 'peers' is not installed")
-genai = pytest.importorskip("google.genai", reason="the extra 'peers' is not installed")
+PEERS = "needs the extra 'peers' (the vendors' SDKs)"
+openai = pytest.importorskip("openai", reason=PEERS)
+anthropic = pytest.importorskip("anthropic", reason=PEERS)
+genai = pytest.importorskip("google.genai", reason=PEERS)
 
 #: what the recordings and transcripts call a dialect that an SDK reads
 SDK_DIALECTS = {

@@ -28,7 +28,7 @@ from conftest import HANG, PATIENT, asking, in_another_thread, until
 from local_provider import TEXT, Answer, error_answer
 from sheepsse import SSE_HEADERS, Limiter, relay
 
-flask = pytest.importorskip("flask", reason="needs Flask")
+flask = pytest.importorskip("flask", reason="needs flask")
 
 MODULE = os.path.abspath(sheepsse.__file__)
 #: seconds that no test waits for, and that a clock of the system can count
@@ -1277,7 +1277,7 @@ def test_flask_refuses_a_request_whose_body_it_has_read_already_without_waiting_
 WERKZEUG = tuple(map(int, metadata.version("werkzeug").split(".")[:2]))
 
 
-@pytest.mark.skipif(WERKZEUG < (2, 3), reason="this Werkzeug holds no other body than a form against it")
+@pytest.mark.skipif(WERKZEUG < (2, 3), reason="needs Werkzeug 2.3")
 def test_a_limit_of_flasks_own_is_told_in_json_too(server):
     with asking(server) as client:
         app = flask_app(client)

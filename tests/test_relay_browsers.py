@@ -20,7 +20,7 @@ import pytest
 from local_provider import Answer
 from relay_servers import HANG, can_connect, free_port, process, require, running, wait_until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, for /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux (/proc)")
 
 CHROMIUM = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
 FIREFOX = """

@@ -41,7 +41,7 @@ from relay_servers import (
     whole,
 )
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, for /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux (/proc)")
 
 FULL = bool(os.environ.get("SHEEPSSE_RELAY_FULL"))
 ABORTED = 500 if FULL else 60

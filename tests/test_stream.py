@@ -198,7 +198,7 @@ def test_a_cut_inside_a_character_gives_no_unicode_error_and_no_half_character(s
 
 
 def small(content=None, finish_reason=None):
-    choice = {"index": 0, "delta": {} if content is None else {"content": content}, "finish_reason": finish_reason}
+    choice = {"finish_reason": finish_reason} if content is None else {"delta": {"content": content}}
     return data_event({"choices": [choice]})
 
 
@@ -1034,7 +1034,7 @@ def test_complete_made_from_keywords_closes_its_client(server, keeps_files):
     assert server.wait_closed(HANG)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
 def test_an_interrupt_from_the_keyboard_comes_through_and_lets_go(server, client, keeps_files):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -1291,8 +1291,8 @@ def test_a_call_may_set_limits_of_its_own(server, client):
 
 @pytest.mark.parametrize("option", ["timeout", "first_timeout", "idle_timeout"])
 def test_a_call_may_switch_a_limit_of_its_client_off(server, option):
-    server.answer(Answer(text="late", delay=0.1, pace=0.1))
-    with asking(server, **{option: 0.05}) as client:
+    server.answer(Answer(text="late", delay=0.05, pace=0.05))
+    with asking(server, **{option: 0.02}) as client:
         came, error = read(client.stream("Go", **{option: None}))
     assert (came, error) == (["late"], None)
 
@@ -1335,7 +1335,7 @@ def deaf_port():
         probe.settimeout(0.05)
         with contextlib.suppress(socket.timeout):
             probe.connect(listener.getsockname())
-            pytest.skip("this system connects to a port whose queue is full")
+            pytest.skip("needs a system that lets a connection wait where a queue is full")
         yield listener.getsockname()[1]
 
 

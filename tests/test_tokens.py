@@ -18,7 +18,7 @@ SENTENCE = "Xin chào, tôi là trợ lý. Hello 世界 🌤️ def f(x): return
 
 @pytest.fixture
 def reference():
-    return pytest.importorskip("bpe_openai", reason="bpe-openai is not installed, or not for this Python")
+    return pytest.importorskip("bpe_openai", reason="needs bpe-openai")
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_another_vendors_model_is_held_against_an_estimate(server):
 )
 def test_a_stream_that_was_cut_has_a_usage_that_was_counted_here(server, alignment, source):
     if source == "local":
-        pytest.importorskip("bpe_openai")
+        pytest.importorskip("bpe_openai", reason="needs bpe-openai")
     usage, error, came = usage_of(server, alignment, Answer(cut_after=4), resume="never")
     assert type(error) is sheepsse.StreamInterrupted
     assert (usage.source, usage.alignment) == (source, "unverified")

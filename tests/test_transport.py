@@ -628,7 +628,7 @@ def test_a_redirect_that_leads_nowhere_is_a_wrong_request(server):
 
 def test_a_body_that_json_cannot_carry_is_a_wrong_request_and_not_tried_again(server):
     if not hasattr(requests.exceptions, "InvalidJSONError"):
-        pytest.skip("this version of requests sends a NaN")
+        pytest.skip("needs requests 2.26")
     _, error, waits = failed(server.origin, method="POST", json={"n": float("nan")})
     assert type(error) is InvalidRequestError
     assert waits == []
