@@ -240,7 +240,13 @@ def test_closing_cancels_what_runs_and_leaves_nothing_open(server):
     server.default = Answer(stall_after=3)
     with asking(server, **PATIENT) as client:
         results = batch(PROMPTS, client=client, workers=4)
-        with in_another_thread(lambda: (until(lambda: len(server.requests) == 4), results.close())):
+
+        def close():
+            assert until(lambda: len(server.sent_at) == 4 * 3)
+            time.sleep(0.1)  # all wait for more
+            results.close()
+
+        with in_another_thread(close):
             left = list(results)
     assert all(isinstance(result.error, sheepsse.StreamCancelled) for result in left)
     assert server.wait_closed(HANG)
@@ -439,7 +445,8 @@ def test_ctrl_c_ends_it_though_every_server_is_silent(server, tmp_path):
     server.default = Answer(stall_after=3)
     program = textwrap.dedent(KILLED.format(root=str(ROOT), url=server.base_url, folder=str(tmp_path)))
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)
-    assert until(lambda: len(server.requests) == 8)
+    assert until(lambda: len(server.sent_at) == 8 * 3)
+    time.sleep(0.2)  # all wait for more
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=HANG)
     assert b"KeyboardInterrupt" in error

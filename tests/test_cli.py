@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -497,6 +498,7 @@ def test_batch_ends_at_ctrl_c_with_a_summary_though_the_server_is_silent(server,
     )
     assert until(lambda: len(server.requests) == 3)
     assert until((tmp_path / "out.jsonl").read_bytes)
+    time.sleep(0.1)  # the others wait for more
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=HANG)
     assert process.returncode == 130

@@ -143,6 +143,7 @@ def asked_in_turns(server, words, relay, **options):
         for event in reply.events():
             events.append(event)
             turns.next()
+    assert not turns.in_vain
     return reply, events
 
 
