@@ -114,6 +114,8 @@ def test_who_waits_is_served_in_order_of_arrival(clock):
         threads[-1].start()
         assert until(lambda: len(bucket._queue) == len(threads))
     clock.now = 19  # enough for the others
+    time.sleep(0.05)
+    assert order == []
     for moment, served in ((20, [20]), (21, [20, 1]), (31, [20, 1, 10])):
         clock.now = moment
         assert until(lambda served=served: order == served)
