@@ -110,7 +110,7 @@ def test_who_waits_is_served_in_order_of_arrival(clock):
 
     threads = []
     for n in (20, 1, 10):
-        threads.append(threading.Thread(target=work, args=(n,)))
+        threads.append(threading.Thread(target=work, args=(n,), daemon=True))
         threads[-1].start()
         assert until(lambda: len(bucket._queue) == len(threads))
     clock.now = 19  # enough for the others
