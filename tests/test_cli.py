@@ -444,6 +444,11 @@ def test_batch_keeps_what_is_ready_where_one_cannot_be_written(server, tmp_path,
     plain, failed = sheepsse._Answers.append, []
     set_result, ready = Future.set_result, []
 
+    def answer(request):  # none before all are asked for
+        if len(server.requests) == 3:
+            server.release()
+        return Answer(stall_after=0)
+
     def noted(future, result):
         set_result(future, result)
         ready.append(result)
@@ -457,6 +462,7 @@ def test_batch_keeps_what_is_ready_where_one_cannot_be_written(server, tmp_path,
 
     monkeypatch.setattr(sheepsse._Answers, "append", append)
     monkeypatch.setattr(Future, "set_result", noted)
+    server.default = answer
     (tmp_path / "in.jsonl").write_text('"one"\n"two"\n"three"\n')
     where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
     assert sheepsse.main(["batch", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *where]) == 1

@@ -16,6 +16,7 @@ import pytest
 import requests
 
 import sheepsse
+from conftest import HANG
 from local_provider import EVENT_STREAM, TEXT, Answer, LocalProvider, chat_events, data_event, error_answer
 from sheepsse import (
     AuthenticationError,
@@ -552,7 +553,7 @@ def command(*arguments, **environment):
         [sys.executable, "-m", "sheepsse", "Good day?", "-m", "m", *arguments],
         capture_output=True,
         env={**kept, "PYTHONPATH": paths, **environment},
-        timeout=60,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode in (1, 3)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import sheepsse
+from conftest import HANG
 
 MODULE = pathlib.Path(sheepsse.__file__)
 SOURCE = MODULE.read_text(encoding="utf-8")
@@ -23,7 +24,7 @@ def run(code, *options):
         [sys.executable, *options, "-c", code],
         capture_output=True,
         check=True,
-        timeout=30,
+        timeout=HANG,
         cwd=MODULE.parent,
     ).stdout.decode()
 
