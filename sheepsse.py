@@ -237,6 +237,18 @@ class _OldReader:
         return data
 
 
+def _undecodable(response: requests.Response) -> str:
+    """The encodings of a body that this urllib3 does not decode, but gives as they are; "" where it decodes all"""
+    names = (response.headers.get("Content-Encoding") or "").lower().split(",")
+    known = getattr(response.raw, "CONTENT_DECODERS", None)  # another library's may know more
+    return ", ".join(name.strip() for name in names if known and name.strip() not in ("", "identity", *known))
+
+
+def _has_known_end(response: requests.Response) -> bool:
+    """Whether a body that is read to its end without an error is whole for certain"""
+    return bool(response.headers.get("Content-Length") or getattr(response.raw, "chunked", False))
+
+
 def _socket_of(response: requests.Response) -> socket.socket | None:
     """The socket under a response that another's session made, or None where it cannot be found"""
     raw = response.raw
@@ -251,8 +263,8 @@ def _socket_of(response: requests.Response) -> socket.socket | None:
 # 2. Errors: what failed, whether to try again, what was received. May use: Compatibility
 # ============================================================================================================
 
-#: HTTP statuses after which the same request may be sent again
-RETRYABLE_STATUS: frozenset[int] = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
+#: HTTP statuses after which the same request may be sent again: all but those that say it will never do
+RETRYABLE_STATUS: frozenset[int] = frozenset({408, 409, 429, *range(500, 600)} - {501, 505, 511, 525, 526})
 
 
 class SheepError(requests.RequestException):
@@ -280,6 +292,8 @@ class SheepError(requests.RequestException):
     resume_point: ResumePoint
     #: what the server itself said of retrying (x-should-retry), or None
     _server_says: bool | None = None
+    #: what the vendor wants back to continue after a pause of its own, or None
+    _pause: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -542,10 +556,14 @@ def _chain(error: BaseException, end: BaseException | None = None) -> list[BaseE
 _NO_JSON = object()
 
 
+#: reads raw control characters in strings too, which some servers send; json.loads would build one for each call
+_decode_json = json.JSONDecoder(strict=False).decode
+
+
 def _json(text: str | bytes | bytearray) -> Any:
-    """What JSON says; no error of the parser comes of it, and none that would keep the text"""
+    """What JSON says, or _NO_JSON; no error of the parser comes of it, and none that would keep the text"""
     try:
-        return json.loads(text)
+        return _decode_json(text) if isinstance(text, str) else json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return _NO_JSON
 
@@ -723,6 +741,9 @@ class ResumePoint(NamedTuple):
     text: str = ""
     #: all else that is needed to go on, as JSON
     cursor: str = ""
+    #: after a pause by the vendor: what the next request must send back. Gemini's ``continuationToken``; Anthropic's
+    #: ``content`` (the blocks of the assistant's message) and ``container``
+    pause: Mapping[str, Any] | None = None
 
 
 SheepError.partial = Completion()
@@ -732,6 +753,19 @@ SheepError.resume_point = ResumePoint()
 def _says(chunk: Chunk) -> bool:
     """Whether a chunk brings a piece of the answer itself"""
     return bool(chunk.text or chunk.reasoning or chunk.refusal or chunk.tool_calls)
+
+
+def _text_checksum(text: str, before: int = 0) -> int:
+    """The CRC-32 of a text, also piece by piece"""
+    import zlib
+
+    return zlib.crc32(text.encode("utf-8", "surrogatepass"), before)
+
+
+def _chunk_with(chunk: Chunk, field: str, text: str) -> Chunk:
+    """The chunk with a text, reasoning or refusal"""
+    changes: dict[str, Any] = {field: text}
+    return chunk._replace(**changes)
 
 
 class _Pieces(List[str]):
@@ -744,6 +778,16 @@ class _Pieces(List[str]):
     def append(self, piece: str) -> None:
         super().append(piece)
         self._put_together()
+
+    def ends_with(self, text: str) -> bool:
+        """Whether the text so far ends so"""
+        tail, size = [], 0
+        for piece in reversed(self):
+            if size >= len(text):
+                break
+            tail.append(piece)
+            size += len(piece)
+        return "".join(reversed(tail)).endswith(text)
 
     def _put_together(self) -> None:
         if len(self) - self._done >= self._MANY:
@@ -768,6 +812,8 @@ class _Answer:
         self.id = ""
         self.event_id = ""
         self.complete = False
+        #: whether the finish reason is final: it came after the last piece. Some servers send one with every piece
+        self.settled = False
         #: whether a piece of text, reasoning, refusal or tool call has been given out, of any choice
         self.given = False
 
@@ -792,6 +838,8 @@ class _Answer:
             self.reasoning.append(chunk.reasoning)
         if chunk.refusal:
             self.refusal.append(chunk.refusal)
+        if chunk.finish_reason or _says(chunk):
+            self.settled = not _says(chunk)
         if chunk.finish_reason:
             self.finish_reason, self.finish = chunk.finish_reason, chunk.finish
         if chunk.vendor:
@@ -832,7 +880,7 @@ class _Answer:
 
     def resume_point(self, events: Sequence[Sequence[Any]] = ()) -> ResumePoint:
         """Where this is; ``events`` are the last ones, as their server would repeat them"""
-        end = [self.finish_reason, self.finish, self.given]
+        end = [self.finish_reason, self.finish, self.given, self.settled]
         rest = ["".join(self.reasoning), "".join(self.refusal), self.calls(), self.id, end, events]
         return ResumePoint(
             event_id=self.event_id,
@@ -847,7 +895,7 @@ class _Answer:
         """What was received up to a point, and the last events"""
         try:
             rest: Any = json.loads(point.cursor) if point.cursor else ["", "", [], "", [None, None, False], []]
-            reasoning, refusal, calls, id, (finish_reason, finish, given), events = rest
+            reasoning, refusal, calls, id, (finish_reason, finish, given, *settled), events = rest
             if not all(isinstance(part, str) for part in (point.text, reasoning, refusal, id)):
                 raise TypeError("what was received is text")
             parts = tuple(ToolCall(*call) for call in calls)
@@ -857,6 +905,7 @@ class _Answer:
         answer = cls()
         answer.add(Chunk(point.text, reasoning, refusal, parts, finish_reason, finish, id=id, event_id=point.event_id))
         answer.given = answer.given or given is True  # of another choice
+        answer.settled = settled == [True]
         return answer, marks
 
 
@@ -882,6 +931,14 @@ def iter_text(chunks: Iterable[Chunk]) -> Iterator[str]:
 def _plain_usage(usage: Usage | None) -> dict[str, Any] | None:
     """A usage as JSON can carry it"""
     return None if usage is None else {**usage._asdict(), "cost": None if usage.cost is None else str(usage.cost)}
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _without_surrogates(text: str) -> str:
+    """The text with pairs of surrogates as the characters they are, and U+FFFD for lone ones"""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _excerpt(text: str | bytes, limit: int = 200) -> str:
@@ -996,6 +1053,7 @@ class SSEDecoder:
         self._event = b""
         self._id = last_event_id.encode("utf-8")
         self._event_retry: int | None = None
+        self._events: list[ServerSentEvent] = []  # that the present block completes
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes"""
@@ -1016,14 +1074,14 @@ class SSEDecoder:
         return self._take(lines, rest)
 
     def _take(self, lines: list[bytes], rest: bytes) -> list[ServerSentEvent]:
-        events: list[ServerSentEvent] = []
+        events = self._events = []
         try:
             for line in lines:
                 self._check_size(len(line))
                 if line:
                     self._line(line)
                 else:
-                    self._blank_line(events)
+                    self._blank_line()
             if rest:
                 self._open += rest
                 self._check_size(len(self._open))
@@ -1066,13 +1124,13 @@ class SSEDecoder:
     def _unknown(self, line: bytes) -> None:
         """A line that is no field: it means nothing"""
 
-    def _blank_line(self, events: list[ServerSentEvent]) -> None:
+    def _blank_line(self) -> None:
         self._first_line = False
         # an id takes effect also where its block has no data
         self.last_event_id = _decode(self._id)
         if self._data is not None:
             event = _decode(self._event) or "message"
-            events.append(ServerSentEvent(event, _decode(self._data), self.last_event_id, self._event_retry))
+            self._events.append(ServerSentEvent(event, _decode(self._data), self.last_event_id, self._event_retry))
         self._data, self._size, self._event, self._event_retry = None, 0, b"", None
 
     def flush(self) -> list[ServerSentEvent]:
@@ -1090,11 +1148,11 @@ class SSEDecoder:
                 self._line(line)
             else:
                 self._data = None  # an event name or an id that may be cut short
-        events: list[ServerSentEvent] = []
+        self._events = []
         if self._data is not None and _is_whole(_decode(self._data)):
-            self._blank_line(events)
+            self._blank_line()
         self._data = None
-        return events
+        return self._events
 
 
 def _is_whole(data: str) -> bool:
@@ -1156,6 +1214,8 @@ class _JSONDecoder:
         self._max_event_size = max_event_size
         self._failure: InvalidStreamError | None = None
         self._object = bytearray()  # the one that is not whole yet
+        #: whether no object was whole yet
+        self.is_first = True
         self._depth = 0
         self._in_string = False
         self._escaped = False
@@ -1213,7 +1273,7 @@ class _JSONDecoder:
         self._keep(block[start:position])
         if not self._depth:
             events.append(ServerSentEvent(data=_decode(self._object)))
-            self._object = bytearray()
+            self._object, self.is_first = bytearray(), False
         return position
 
     def _mark(self, mark: bytes) -> None:
@@ -1239,30 +1299,43 @@ class _JSONDecoder:
 
 
 class _AnswerDecoder(SSEDecoder):
-    """Finds also an error that ends an event stream as bare JSON, without ``data:`` (Gemini)"""
+    """Reads also errors that are no event: in a field named ``error`` (llama.cpp), or as JSON without ``data:``"""
 
     salvages = False  # its id may be what is missing, without which nobody knows where to go on
 
-    def __init__(self, max_event_size: int) -> None:
+    def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
         super().__init__(max_event_size)
-        self._bare = bytearray()
+        self._bare: _JSONDecoder | None = None  # an object that began without a field
 
     def _unknown(self, line: bytes) -> None:
-        if (self._bare or line[:1] == b"{") and len(self._bare) <= _BLOCK:
-            self._bare += line + b"\n"
+        field, value = _split_line(line)
+        if field == b"error":
+            self._event = b"error"
+            self._line(b"data:" + value)
+        elif self._bare is not None or line[:1] == b"{":
+            self._bare = self._bare or _JSONDecoder(self._max_event_size)
+            for event in self._bare.feed(line + b"\n"):
+                self._bare = None
+                if _is_whole(event.data):
+                    self._blank_line()  # what came before it comes first
+                    self._events.append(event)
 
     def flush(self) -> list[ServerSentEvent]:
-        bare = _decode(self._bare + self._open)
-        events = super().flush()
-        if bare[:1] == "{" and _is_whole(bare):
-            events.append(ServerSentEvent(data=bare))
-        return events
+        line, bare = bytes(self._open), []
+        if self._bare is not None or line.startswith((b"{", b"error:")):
+            bare = self._events = []
+            self._open = bytearray()
+            self._unknown(line)
+        return bare + super().flush()
 
 
 def _framed(
-    blocks: Iterator[bytes], content_type: str, format: str | None, max_event_size: int
+    blocks: Iterator[bytes], content_type: str, format: str | None, max_event_size: int, is_bounded: bool = False
 ) -> Iterator[ServerSentEvent]:
-    """The events of an answer, in the framing it has; InvalidStreamError where that is none of ours"""
+    """The events of an answer, in the framing it has; InvalidStreamError where that is none of ours
+
+    ``is_bounded`` says that the body is one document whose end cannot be mistaken.
+    """
     start = bytearray()
     blank = True
     for block in blocks:
@@ -1280,6 +1353,8 @@ def _framed(
         decoder = _AnswerDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
         yield from _decoded(itertools.chain((bytes(start),), blocks), decoder)
         if isinstance(decoder, _JSONDecoder) and decoder.is_inside:
+            if is_bounded and decoder.is_first:
+                raise InvalidStreamError(f"expected JSON, got a whole body that is none: {_excerpt(visible)}")
             raise StreamInterrupted("the answer ended in the middle of its JSON")
 
 
@@ -1295,7 +1370,7 @@ def _media_type(content_type: str) -> str:
 
 _JSON_TYPES = frozenset({"application/json", "application/x-ndjson", "application/jsonl"})
 #: how the first line of an event stream begins, a BOM aside
-_FIRST_LINE = rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?[:\r\n]|(?:data|id)$"
+_FIRST_LINE = rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry|error)?[:\r\n]|(?:data|id)$"
 
 
 def _can_be_told(content_type: str, start: bytes) -> bool:
@@ -1401,6 +1476,8 @@ class Dialect:
     headers: Mapping[str, str] = {}
     #: False for servers that never send an end marker: the end of the body is then the end of the answer
     require_end = True
+    #: whether the end of the body ends an answer that has its finish reason
+    ends_with_body = False
     #: whether the end of a stream repeats the answer, which is held against what came
     compares = False
     #: names of events whose data must be readable; others are skipped where it is not
@@ -1409,14 +1486,19 @@ class Dialect:
     def __init__(self, choices: int = 1) -> None:
         #: how many choices the request asked for
         self.choices = choices
-        #: whether the answer is whole: that the stream ends now loses nothing of it
+        #: whether the answer is whole: that the stream ends now, be it by a lost connection, loses nothing of it
         self.whole = False
+        #: whether a finish reason came for all that was requested: the answer is whole where the end marker follows
+        self.finished = False
         #: whether nothing more can follow
         self.done = False
         #: whether the answer is still being made, and can be asked for again
         self.pending = False
         #: whether the connection was lost when the answer was whole: its usage may be missing
         self.lost = False
+        self._failure: SheepError | None = None  # what the finish reason of the present event means
+        self._counts: dict[str, Any] = {}  # of the usage so far
+        self._halves: dict[tuple[int, str | int], str] = {}  # of characters, by choice and field or tool call
 
     @classmethod
     def url(cls, base_url: str, model: str, stream: bool) -> str:
@@ -1470,21 +1552,136 @@ class Dialect:
         """Where the stream of a kept answer can be had again, from where ``reader`` stopped, or "" where it cannot"""
         return ""
 
-    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+    def chunks(self, event: ServerSentEvent) -> Iterable[Chunk]:
         """What an event brings; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
         raise NotImplementedError
 
+    def read(self, event: ServerSentEvent) -> Iterator[Chunk]:
+        """The chunks of an event, without halves of characters; raises for a finish reason that means a failure"""
+        for chunk in self.chunks(event):
+            yield self._without_halves(chunk)
+        failure, self._failure = self._failure, None  # another connection may be read on
+        if failure is not None:
+            self.whole = self.done = self.finished = False
+            raise failure
+
+    def end(self) -> Iterator[Chunk]:
+        """The last chunks, where the answer has ended: halves of characters whose other half never came"""
+        for index, field in self._halves:
+            call = (ToolCall(field, arguments="\ufffd"),) if isinstance(field, int) else ()
+            yield Chunk(index=index, tool_calls=call) if call else _chunk_with(Chunk(index=index), str(field), "\ufffd")
+
     def load(self, event: ServerSentEvent) -> dict[str, Any] | None:
-        """The JSON object in an event's data, or None where there is nothing to read"""
-        if not event.data.strip():
+        """The JSON object in an event's data, or None where there is nothing to read; notes a ``[DONE]``"""
+        data = event.data.strip()
+        if data == "[DONE]":
+            self.done, self.whole = True, self.whole or self.finished
+        if not data or self.done or data[0] == ":":  # the last is a comment in the place of data
             return None
-        payload = _json(event.data)
+        payload = _json(data)
+        if isinstance(payload, list) and len(payload) == 1:
+            payload = payload[0]
         if isinstance(payload, dict):
             return payload
-        if payload is None or event.event not in self.event_names:
+        if event.event == "error":  # said in plain words
+            return {"error": _text(payload) or data}
+        if payload is None or event.event not in self.event_names or self.whole:
             return None
         expected = "JSON" if payload is _NO_JSON else "a JSON object"
         raise InvalidStreamError(f"expected {expected} in the data of an event, got {_excerpt(event.data)}")
+
+    def finish(self, reason: str, calls: object = (), native: str = "", pause: Mapping[str, Any] | None = None) -> str:
+        """A finish reason in the common word; ``read`` raises for one that means a failure, or a pause of the vendor
+
+        ``calls`` is true where there are tool calls, ``native`` is the reason in the words of a provider behind the
+        provider, ``pause`` is what continues the answer.
+        """
+        for word in (reason.lower(), native.lower()):
+            if word in _PAUSES:
+                self._failure = StreamInterrupted(
+                    f"the vendor paused the answer ({word}): resume_point.pause holds what the next request must send "
+                    "back to continue it",
+                    retryable=False,
+                )
+                self._failure._pause = pause or {}
+            elif word in _FAILURES and self._failure is None:
+                self._failure = _finish_error(word)
+        finish = _FINISH.get(reason.lower(), "other")
+        return "tool_calls" if calls and finish == "stop" else finish
+
+    def usage(self, wire: Any) -> Usage | None:
+        """The usage so far, with what is counted here; None where nothing is. A 0 that comes last is no count"""
+        counts = _counts_in(_dict(wire))
+        for name, count in counts.items():
+            if count or name not in self._counts or (any(counts.values()) and name not in ("input", "output", "total")):
+                self._counts[name] = count
+        return self._usage_of(**self._counts) if counts else None
+
+    @staticmethod
+    def _usage_of(
+        *,
+        input: int = 0,
+        output: int = 0,
+        total: int = 0,
+        cache_read: int = 0,
+        cache_write: int = 0,
+        reasoning: int = 0,
+        cost: Decimal | None = None,
+    ) -> Usage:
+        """The counts of the wire as inclusive ones"""
+        if reasoning and total == input + output + reasoning:  # it stands beside the output (xAI)
+            output += reasoning
+        return Usage(input, output, total or input + output, cache_read, cache_write, reasoning, cost)
+
+    def _without_halves(self, chunk: Chunk) -> Chunk:
+        """The chunk without lone surrogates: the first half of a pair is held back until the second comes"""
+        said = chunk.text + chunk.reasoning + chunk.refusal + "".join([call.arguments for call in chunk.tool_calls])
+        if not self._halves and (said.isascii() or not _SURROGATE.search(said)):
+            return chunk
+        calls = (call._replace(arguments=self._joined(chunk, call.index, call.arguments)) for call in chunk.tool_calls)
+        return chunk._replace(
+            text=self._joined(chunk, "text", chunk.text),
+            reasoning=self._joined(chunk, "reasoning", chunk.reasoning),
+            refusal=self._joined(chunk, "refusal", chunk.refusal),
+            tool_calls=tuple(calls),
+        )
+
+    def _joined(self, chunk: Chunk, field: str | int, piece: str) -> str:
+        if not piece:
+            return ""
+        piece = self._halves.pop((chunk.index, field), "") + piece
+        if "\ud800" <= piece[-1] <= "\udbff":
+            self._halves[chunk.index, field] = piece[-1]
+            piece = piece[:-1]
+        return _without_surrogates(piece)
+
+
+#: finish reasons in the common words, as the vendors write them, in small letters
+_FINISH = {
+    **dict.fromkeys(("stop", "end_turn", "stop_sequence", "eos_token", "completed"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
+    **dict.fromkeys(("model_context_window_exceeded",), "length"),
+    **dict.fromkeys(("tool_calls", "function_call", "tool_use"), "tool_calls"),
+    **dict.fromkeys(("content_filter", "refusal", "sensitive", "safety", "recitation", "blocklist"), "refusal"),
+    **dict.fromkeys(("prohibited_content", "spii", "model_armor", "image_safety", "image_recitation"), "refusal"),
+    **dict.fromkeys(("image_prohibited_content",), "refusal"),
+}
+#: finish reasons that mean a failure, and whether another attempt may help
+_FAILURES = {
+    **dict.fromkeys(("error", "failed", "model_error", "cancelled", "canceled"), False),
+    **dict.fromkeys(("network_error", "abort", "aborted", "insufficient_system_resource", "overloaded"), True),
+}
+#: finish reasons that mean a pause: Gemini's (long decode), and Anthropic's
+_PAUSES = frozenset({"continuation", "pause_turn", "compaction"})
+
+
+def _finish_error(word: str) -> SheepError:
+    """The error for a finish reason that means a failure"""
+    if _FAILURES[word]:
+        return StreamInterrupted(f"the server gave up before the answer was whole (finish reason {word})")
+    return StreamError(
+        f"the provider reported an error in the stream: finish reason {word}", code=word, vendor_code=word
+    )
 
 
 class _OpenAI(Dialect):
@@ -1495,21 +1692,13 @@ class _OpenAI(Dialect):
 
     name = "openai"
     path = "/chat/completions"
-
-    _FINISH = {
-        "stop": "stop",
-        "length": "length",
-        "tool_calls": "tool_calls",
-        "function_call": "tool_calls",
-        "content_filter": "refusal",
-    }
+    ends_with_body = True
 
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
-        self._finished: dict[int, bool] = dict.fromkeys(range(choices), False)
-        self._begun: set[int] = set()  # choices of which something came
-        self._calls: dict[tuple[int, int], ToolCall] = {}  # the open call of (choice, index as sent)
-        self._call_count: dict[int, int] = {}  # of each choice
+        self._choices = _Choices(choices)
+        self._begun: set[int] = set()  # indexes, as sent, of which something came
+        self._calls: dict[int, _ToolCalls] = {}  # of each choice
         self._thoughts: dict[int, _Thoughts] = {}  # of each choice
 
     @classmethod
@@ -1533,160 +1722,268 @@ class _OpenAI(Dialect):
     def recognises(cls, payload: Mapping[str, Any]) -> bool:
         return "choices" in payload or str(payload.get("object")).startswith("chat.completion")
 
-    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
-        if event.data.strip() == "[DONE]":
-            self.whole = self.done = True
-            return
+    def chunks(self, event: ServerSentEvent) -> list[Chunk]:
         payload = self.load(event)
         if payload is None:
-            return
+            self.whole = self.whole or self.done  # Snowflake sends no finish reason
+            return []
         error = _reported_error(payload, event.event == "error")
-        yield from self._payload(payload, event.id or "", error is None)
-        if error is not None:
-            raise _stream_error(error)
-
-    def _payload(self, payload: dict[str, Any], event_id: str, expected: bool) -> Iterator[Chunk]:
         choices = [choice for choice in _list(payload.get("choices")) if isinstance(choice, dict)]
         named = Chunk(
-            usage=self._usage(payload, choices),
-            event_id=event_id,
+            usage=self._usage_in(payload, choices),
+            event_id=event.id or "",
             raw=payload,
             id=_text(payload.get("id")),
             model=_text(payload.get("model")),
         )
-        chunks = [self._choice(choice, named) for choice in choices]
-        if not choices and ((expected and "choices" in payload) or named.usage):  # else a ping, or the like
-            chunks = [named]
-        if choices and all(self._finished.values()):
-            self.whole = True
-        yield from chunks
-        if "insufficient_system_resource" in [chunk.finish_reason for chunk in chunks]:
-            self.whole = False
-            raise StreamInterrupted("the server gave up for lack of resources (insufficient_system_resource)")
+        chunks = []
+        for choice, sent, index in self._choices.indexed(choices, self._has_text):
+            error = error or _reported_error({"error": choice.get("error")})
+            chunks.append(self._choice(choice, sent, named._replace(index=index)))
+        if not choices and ((error is None and "choices" in payload) or named.usage):  # else a ping, or the like
+            chunks.append(named)
+        self.finished, self.whole = self._choices.state
+        if error is not None:
+            self._failure = _stream_error(error)
+        return chunks
 
-    def _choice(self, choice: dict[str, Any], named: Chunk) -> Chunk:
-        index = _count(choice.get("index"))
-        delta = choice.get("delta")
+    @staticmethod
+    def _has_text(choice: dict[str, Any]) -> bool:
+        return bool(_content(_dict(choice.get("delta") or choice.get("message")).get("content")).text)
+
+    def _choice(self, choice: dict[str, Any], sent: int, named: Chunk) -> Chunk:
+        delta, index = choice.get("delta"), named.index
         if not isinstance(delta, dict):
             # one completion instead of a stream; at a stream's end a repetition of all that came
-            delta = choice.get("message") if index not in self._begun else None
-        if not isinstance(delta, dict):
-            delta = {}
+            delta = choice.get("message") if sent not in self._begun else None
+        delta = _dict(delta)
         if delta:
-            self._begun.add(index)
-        reason = _text(choice.get("finish_reason")) or None
-        self._finished[index] = bool(reason) or self._finished.get(index, False)
-        text, thought = _content(delta.get("content"))
-        reasoning = _reasoning(delta) or thought
-        if reasoning or delta.get("reasoning_details"):
+            self._begun.add(sent)
+        reason = _text(choice.get("finish_reason"))
+        content = _content(delta.get("content"))
+        reasoning = _reasoning(delta) or content.reasoning
+        if reasoning or delta.get("reasoning_details") or delta.get("reasoning_opaque"):
             self._thoughts.setdefault(index, _Thoughts()).add(delta)
-        return Chunk(
-            text=text,
+        calls = self._calls.setdefault(index, _ToolCalls())
+        chunk = named._replace(
+            text=content.text,
             reasoning=reasoning,
-            refusal=_text(delta.get("refusal")),
-            tool_calls=tuple(self._tool_calls(delta, index)),
-            finish_reason=reason,
-            finish=self._FINISH.get(reason, "other") if reason else None,
-            usage=named.usage,
-            index=index,
-            event_id=named.event_id,
-            raw=named.raw,
-            id=named.id,
-            model=named.model,
-            vendor=self._vendor(index) if reason else None,
+            refusal=_text(delta.get("refusal")) or content.refusal,
+            tool_calls=tuple(self._tool_calls(delta, calls, bool(reason))),
         )
+        self._choices.note(chunk, sent, reason)
+        native = _text(choice.get("native_finish_reason"))
+        if not reason:
+            return chunk
+        finish = self.finish(reason, calls, native)
+        return chunk._replace(finish_reason=reason, finish=finish, vendor=self._vendor(index, calls))
 
-    def _vendor(self, choice: int) -> dict[str, Any] | None:
-        """The reasoning that a conversation with tools cannot go on without (DeepSeek, OpenRouter)"""
-        kept = self._thoughts[choice].message() if choice in self._thoughts and self._call_count.get(choice) else None
+    def _vendor(self, choice: int, calls: _ToolCalls) -> dict[str, Any] | None:
+        """The reasoning that a conversation with tools cannot go on without (DeepSeek, OpenRouter, Copilot)"""
+        kept = self._thoughts[choice].message() if choice in self._thoughts and calls else None
         return {self.name: kept} if kept else None
 
-    def _tool_calls(self, delta: dict[str, Any], choice: int) -> Iterator[ToolCall]:
-        parts = _list(delta.get("tool_calls"))
+    @staticmethod
+    def _tool_calls(delta: dict[str, Any], calls: _ToolCalls, is_last: bool) -> Iterator[ToolCall]:
+        parts = delta.get("tool_calls")
+        parts = [parts] if isinstance(parts, dict) else _list(parts)  # one object (TGI)
         if isinstance(delta.get("function_call"), dict):  # what tool_calls were called before
             parts = [*parts, {"function": delta["function_call"]}]
         for position, part in enumerate(parts):
             if isinstance(part, dict):
-                yield self._tool_call(part, choice, position)
+                yield from calls.add(part, position)
+        if is_last:
+            yield from calls.end()
 
-    def _tool_call(self, part: dict[str, Any], choice: int, position: int) -> ToolCall:
-        function = _dict(part.get("function")) or _dict(part.get("custom"))  # the latter has free text for input
-        id = _text(part.get("id"))
-        return ToolCall(
-            index=self._call_index(choice, _count(part.get("index"), position), id),
-            id=id,
-            name=_text(function.get("name")),
-            arguments=_arguments_text(function.get("arguments") or function.get("input")),
-        )
-
-    def _call_index(self, choice: int, sent: int, id: str) -> int:
-        """The position of a call; another id at the same position is another call (some send index 0 for all)"""
-        call = self._calls.get((choice, sent))
-        if call is None or (id and call.id and id != call.id):
-            call = ToolCall(self._call_count.get(choice, 0), id)
-            self._call_count[choice] = call.index + 1
-        self._calls[choice, sent] = call._replace(id=call.id or id)
-        return call.index
-
-    @staticmethod
-    def _usage(payload: dict[str, Any], choices: list[dict[str, Any]]) -> Usage | None:
-        groq = _dict(payload["x_groq"]) if "x_groq" in payload else {}
-        for place in (payload, groq, *choices):  # the last is Moonshot's
-            wire = place.get("usage")
-            if wire and isinstance(wire, dict):
-                return _openai_usage(wire)
+    def _usage_in(self, payload: dict[str, Any], choices: list[dict[str, Any]]) -> Usage | None:
+        for place in (payload, _dict(payload.get("x_groq")), *choices):  # the last is Moonshot's
+            if place.get("usage"):
+                return self.usage(place["usage"])
         return None
 
 
-def _openai_usage(wire: dict[str, Any]) -> Usage:
-    """Usage in OpenAI's words, and in those its copies add"""
-    prompt, output = _dict(wire.get("prompt_tokens_details")), _dict(wire.get("completion_tokens_details"))
-    input_tokens, output_tokens = _count(wire.get("prompt_tokens")), _count(wire.get("completion_tokens"))
-    cached = next(
-        (
-            place
-            for place in (
-                prompt.get("cached_tokens"),
-                wire.get("prompt_cache_hit_tokens"),  # DeepSeek
-                wire.get("cached_tokens"),  # Together
-            )
-            if place is not None
-        ),
-        0,
-    )
-    return Usage(
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        total_tokens=_count(wire.get("total_tokens"), input_tokens + output_tokens),
-        cache_read_tokens=_count(cached),
-        cache_write_tokens=_count(prompt.get("cache_write_tokens")),
-        reasoning_tokens=_count(output.get("reasoning_tokens")),
-        cost=_money(wire.get("cost")),  # OpenRouter
-    )
+class _Choices:
+    """Which choices a stream has, and whether they have ended
+
+    Where one was requested all are parts of it: an index may count tokens, from 1 (TGI), a tool call may have a choice
+    of its own (Copilot). But where choice 0 has text, another with text is another answer.
+    """
+
+    def __init__(self, requested: int) -> None:
+        self.are_apart = requested != 1
+        self._finished = dict.fromkeys(range(requested), False)
+        self._has_first = False  # whether choice 0 has text
+        self._is_provisional = False  # whether a finish reason was followed by more: then only the end marker counts
+
+    def indexed(
+        self, choices: list[dict[str, Any]], has_text: Callable[[dict[str, Any]], bool]
+    ) -> list[tuple[dict[str, Any], int, int]]:
+        """The choices of one event, each with its index as it was sent, and in our numbers"""
+        indexes = [_count(choice.get("index"), position) for position, choice in enumerate(choices)]
+        if any(indexes) and not self.are_apart:
+            speaking = {index for choice, index in zip(choices, indexes) if has_text(choice)}
+            self.are_apart = len(speaking) > 1 or (self._has_first and bool(speaking - {0}))
+        return [(choice, sent, sent if self.are_apart else 0) for choice, sent in zip(choices, indexes)]
+
+    def note(self, chunk: Chunk, sent: int, reason: str) -> None:
+        """Notes a chunk, its index as it was sent, and the finish reason that came with it"""
+        self._has_first = self._has_first or bool(chunk.text and not sent)
+        ended = self._finished.get(chunk.index, False)
+        self._is_provisional = self._is_provisional or (ended and _says(chunk))
+        self._finished[chunk.index] = ended or bool(reason)
+
+    @property
+    def state(self) -> tuple[bool, bool]:
+        """Whether all have their finish reason, and whether that is final"""
+        finished = all(self._finished.values())
+        return finished, finished and not self._is_provisional
 
 
-def _content(content: Any) -> tuple[str, str]:
-    """The text and the reasoning in a content: a str, or a list of parts (Mistral)"""
-    if not isinstance(content, list):
-        return _text(content), ""
-    thoughts = (thought for part in content for thought in _list(_dict(part).get("thinking")))
-    return _texts(content), _texts(thoughts)
+class _OpenCall:
+    """A tool call as far as it came"""
+
+    #: how often its arguments are looked at for being whole: a text may hold many braces
+    _TRIES = 16
+
+    def __init__(self, index: int, id: str, name: str) -> None:
+        self.index, self.id, self.name = index, id, name
+        #: an empty object, held back: it is all the arguments, or stands for those to come (Bedrock)
+        self.held = ""
+        self._arguments: list[str] = []
+        self._tries = 0
+
+    def take(self, name: str, arguments: str) -> str | None:
+        """What arguments add to those that came; None where they begin another call"""
+        is_renamed = bool(name and self.name and name != self.name)
+        if arguments.lstrip()[:1] == "{" and not is_renamed:
+            if not any(self._arguments) and arguments.strip() == "{}":
+                self.held = arguments
+                return ""
+            whole = self._whole()
+            if whole is not None:  # they are repeated, or belong to a call that has neither id nor index of its own
+                return "" if _json(arguments) == whole else None
+        if is_renamed:
+            return None
+        if arguments.strip():
+            self.held = ""
+            self._arguments.append(arguments)
+        return arguments
+
+    def _whole(self) -> Any:
+        """The arguments, where they are a whole object already; else None"""
+        if not self._arguments or self._arguments[-1].rstrip()[-1:] != "}" or self._tries >= self._TRIES:
+            return None
+        self._tries += 1
+        whole = _json("".join(self._arguments))
+        return whole if isinstance(whole, dict) else None
 
 
-def _texts(parts: Iterable[Any]) -> str:
-    return "".join(_text(_dict(part).get("text")) for part in parts)
+class _ToolCalls:
+    """The tool calls of one choice, from parts of them in whatever way a server sends these"""
+
+    def __init__(self) -> None:
+        self._calls: list[_OpenCall] = []
+        self._by_id: dict[str, _OpenCall] = {}
+        self._at: dict[int, _OpenCall] = {}  # by the index that the server sends
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, part: dict[str, Any], position: int) -> Iterator[ToolCall]:
+        """What a part brings: the beginning of a call, more of one, or nothing new"""
+        function = _dict(part.get("function")) or _dict(part.get("custom"))  # the latter has free text for input
+        id, name = _text(part.get("id")), _text(function.get("name"))
+        arguments = _arguments_text(function.get("arguments") or function.get("input"))
+        sent = _count(part.get("index"), position)
+        call = self._found(sent, id, name)
+        if not (id or name or arguments):
+            return
+        new = None if call is None else call.take(name, arguments)
+        if call is None or new is None:
+            if call is not None:  # it may have the id and the name of the one before it
+                id, name = id or ("" if name else call.id), name or call.name
+            call = _OpenCall(len(self._calls), id, name)
+            self._calls.append(call)
+            new = call.take(name, arguments) or ""
+        elif not new and (call.id or not id) and (call.name or not name):
+            self._at[sent] = call
+            return
+        call.id, call.name = call.id or id, call.name or name
+        self._at[sent] = self._by_id[call.id] = call
+        yield ToolCall(call.index, id, name, new)
+
+    def _found(self, sent: int, id: str, name: str) -> _OpenCall | None:
+        """The call that a part may belong to"""
+        call = self._at.get(sent)
+        if id:  # with another id it is another call: some servers send index 0 for all
+            return self._by_id.get(id) or (call if call is not None and not call.id else None)
+        if call is None and not name and self._calls:  # some count the parts
+            return self._calls[-1]
+        return call
+
+    def end(self) -> Iterator[ToolCall]:
+        """What was held back"""
+        for call in self._calls:
+            if call.held:
+                yield ToolCall(call.index, arguments=call.held)
+                call.held = ""
 
 
-def _reasoning(delta: dict[str, Any]) -> str:
-    """The reasoning in a delta, once: some send the same under two names"""
-    for name in ("reasoning_content", "reasoning"):
-        reasoning = _text(delta.get(name))
-        if reasoning:
-            return reasoning
-    if "reasoning_details" not in delta:
-        return ""
-    details = (_dict(detail) for detail in _list(delta["reasoning_details"]))
-    return "".join(_text(detail.get("text")) or _text(detail.get("summary")) for detail in details)
+#: where each count may stand in a usage
+_COUNTS = {
+    "input": ("prompt_tokens", "input_tokens", "promptTokenCount", "prompt_eval_count"),
+    "output": ("completion_tokens", "output_tokens", "candidatesTokenCount", "eval_count"),
+    "total": ("total_tokens", "totalTokenCount"),
+    "cache_read": (
+        "prompt_tokens_details.cached_tokens",
+        "input_tokens_details.cached_tokens",
+        "prompt_cache_hit_tokens",  # DeepSeek
+        "cached_tokens",  # Together, Moonshot
+        "cache_read_input_tokens",  # Anthropic
+        "prompt_tokens_details.cache_read_input_tokens",
+        "cachedContentTokenCount",
+    ),
+    "cache_write": (
+        "prompt_tokens_details.cache_write_tokens",
+        "input_tokens_details.cache_write_tokens",
+        "cache_creation_input_tokens",  # Anthropic
+        "prompt_tokens_details.cache_creation_tokens",  # LiteLLM
+        "prompt_tokens_details.cache_creation_input_tokens",
+        "cache_write_tokens",
+        "cache_creation_tokens",
+    ),
+    "reasoning": (
+        "completion_tokens_details.reasoning_tokens",
+        "output_tokens_details.reasoning_tokens",
+        "output_tokens_details.thinking_tokens",  # Anthropic
+        "reasoning_tokens",  # SGLang
+        "thoughtsTokenCount",
+    ),
+}
+
+
+def _counts_in(wire: dict[str, Any]) -> dict[str, Any]:
+    """The counts of a usage, by the names of Dialect._usage_of; what is no count is missing"""
+    counts = {}
+    for name, places in _COUNTS.items():
+        count = max(_count(_at(wire, place), -1) for place in places)
+        if count >= 0:
+            counts[name] = count
+    extra = _count(wire.get("toolUsePromptTokenCount"))  # Gemini counts it beside the input
+    if extra:
+        counts["input"] = counts.get("input", 0) + extra
+    kept = [_count(count) for count in _dict(wire.get("cache_creation")).values()]  # Anthropic, by how long it is kept
+    if "cache_write" not in counts and any(kept):
+        counts["cache_write"] = sum(kept)
+    money = _money(wire.get("cost"))  # OpenRouter; Perplexity's is an object
+    return counts if money is None else {**counts, "cost": money}
+
+
+def _at(value: Any, place: str) -> Any:
+    """What stands at a place such as ``a.b``, or None"""
+    for name in place.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 class _Part:
@@ -1722,15 +2019,66 @@ class _Part:
         return {**self._fields, **texts, **lists}
 
 
+class _Content(NamedTuple):
+    """What the parts of a content say, by kind"""
+
+    text: str = ""
+    reasoning: str = ""
+    refusal: str = ""
+
+
+#: the kinds of content parts whose text is no text of the answer
+_PART_KINDS = {"reasoning": "reasoning", "thinking": "reasoning", "reasoning_text": "reasoning", "refusal": "refusal"}
+
+
+def _content(content: Any) -> _Content:
+    """A content by kind: a str, or parts (Mistral, Databricks)"""
+    if not isinstance(content, (list, dict)):
+        return _Content(_text(content))
+    said: dict[str, str] = {}
+    for part in content if isinstance(content, list) else [content]:
+        kind = _PART_KINDS.get(_text(_dict(part).get("type")), "text")
+        said[kind] = said.get(kind, "") + _part_text(part)
+    return _Content(**said)
+
+
+def _part_text(part: Any, depth: int = 3) -> str:
+    """The text of a part, in whatever member it stands"""
+    if isinstance(part, list) and depth:
+        return "".join([_part_text(each, depth - 1) for each in part])
+    if not isinstance(part, dict) or not depth:
+        return _text(part)
+    texts = (_part_text(part.get(name), depth - 1) for name in ("text", "thinking", "summary", "content", "refusal"))
+    return next(filter(None, texts), "")
+
+
+def _texts(parts: Iterable[Any]) -> str:
+    return "".join(_text(_dict(part).get("text")) for part in parts)
+
+
+def _reasoning(delta: dict[str, Any]) -> str:
+    """The reasoning in a delta, once: some send the same under two names"""
+    for name in ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details"):
+        if delta.get(name):
+            reasoning = _part_text(delta[name])
+            if reasoning:
+                return reasoning
+    return ""
+
+
 class _Thoughts:
     """The reasoning of one choice, in the words in which it is to be sent back"""
 
     def __init__(self) -> None:
         self._content: list[str] = []
+        self._copilot: list[str] = []
+        self._opaque = ""
         self._details: list[_Part] = []
 
     def add(self, delta: dict[str, Any]) -> None:
-        self._content.append(_text(delta.get("reasoning_content")))
+        self._content.append(_part_text(delta.get("reasoning_content")))
+        self._copilot.append(_text(delta.get("reasoning_text")))
+        self._opaque = _text(delta.get("reasoning_opaque")) or self._opaque
         for detail in map(_dict, _list(delta.get("reasoning_details"))):
             texts = {name: detail[name] for name in ("text", "summary", "data") if _text(detail.get(name))}
             rest = {name: value for name, value in detail.items() if name not in texts and value is not None}
@@ -1745,6 +2093,8 @@ class _Thoughts:
     def message(self) -> dict[str, Any]:
         if self._details:
             return {"reasoning_details": [detail.whole() for detail in self._details]}
+        if self._opaque:  # Copilot's signature
+            return {"reasoning_text": "".join(self._copilot), "reasoning_opaque": self._opaque}
         content = "".join(self._content)
         return {"reasoning_content": content} if content else {}
 
@@ -1770,11 +2120,15 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _count(value: Any, default: int = 0) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else default
 
 
 def _money(value: Any) -> Decimal | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, dict):
+        value = value.get("total_cost")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         return None
     from decimal import Decimal  # heavy, and few answers carry a cost
 
@@ -1956,14 +2310,6 @@ class _Anthropic(Dialect):
     roots = ("/v1",)
     headers: Mapping[str, str] = {"anthropic-version": "2023-06-01"}
 
-    _FINISH = {
-        "end_turn": "stop",
-        "stop_sequence": "stop",
-        "max_tokens": "length",
-        "model_context_window_exceeded": "length",
-        "tool_use": "tool_calls",
-        "refusal": "refusal",
-    }
     #: the fields that the kinds of delta add to
     _DELTAS = {
         "text_delta": "text",
@@ -1983,7 +2329,7 @@ class _Anthropic(Dialect):
         self._open: dict[int, _Part] = {}  # the last block of each index: some proxies send none, which is 0
         self._calls: dict[int, int] = {}  # the tool call that the block of an index is
         self._call_count = 0
-        self._usage: dict[str, Any] = {}
+        self._container = ""
         self._event_kinds: dict[str, Callable[[dict[str, Any], Chunk], Iterator[Chunk]]] = {
             "message_start": self._message_start,
             "content_block_start": self._block_start,
@@ -2098,10 +2444,10 @@ class _Anthropic(Dialect):
 
     def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
         payload = self.load(event)
-        if payload is None:
+        if payload is None:  # also [DONE], which some proxies send in place of message_stop
             return
         kind = _text(payload.get("type")) or event.event
-        error = _reported_error(payload, kind == "error")
+        error = _reported_error(payload, "error" in (kind, event.event))
         if error is not None:
             raise _stream_error(error)
         read = self._event_kinds.get(kind)
@@ -2117,7 +2463,11 @@ class _Anthropic(Dialect):
                 "two answers in one stream, as of a proxy that asked again"
             )
         self._id = id
-        yield named._replace(id=id, model=_text(message.get("model")), usage=self._counted(message.get("usage")))
+        self._note_container(message)
+        yield named._replace(id=id, model=_text(message.get("model")), usage=self.usage(message.get("usage")))
+
+    def _note_container(self, place: dict[str, Any]) -> None:
+        self._container = _text(_dict(place.get("container")).get("id")) or self._container
 
     def _block_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         index, block = _count(payload.get("index")), _dict(payload.get("content_block"))
@@ -2166,8 +2516,10 @@ class _Anthropic(Dialect):
             yield named._replace(tool_calls=(ToolCall(self._calls[index], arguments=arguments),))
 
     def _message_delta(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
-        named = named._replace(usage=self._counted(payload.get("usage")))
-        yield self._finished(_dict(payload.get("delta")).get("stop_reason"), named, self._whole_blocks())
+        delta = _dict(payload.get("delta"))
+        self._note_container(delta)
+        named = named._replace(usage=self.usage(payload.get("usage")))
+        yield self._stopped(delta.get("stop_reason"), named, self._whole_blocks())
 
     def _message_stop(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         self.whole = self.done = True
@@ -2177,22 +2529,25 @@ class _Anthropic(Dialect):
         """One message instead of a stream"""
         blocks = [block for block in _list(payload.get("content")) if isinstance(block, dict)]
         yield named._replace(
-            id=_text(payload.get("id")), model=_text(payload.get("model")), usage=self._counted(payload.get("usage"))
+            id=_text(payload.get("id")), model=_text(payload.get("model")), usage=self.usage(payload.get("usage"))
         )
         for index, block in enumerate(blocks):
             yield from self._block(index, block, named)
         self.whole = self.done = True
-        yield self._finished(payload.get("stop_reason"), named, blocks)
+        self._note_container(payload)
+        yield self._stopped(payload.get("stop_reason"), named, blocks)
 
-    def _finished(self, reason: Any, named: Chunk, blocks: list[dict[str, Any]] | None) -> Chunk:
+    def _stopped(self, reason: Any, named: Chunk, blocks: list[dict[str, Any]] | None) -> Chunk:
         reason = _text(reason)
         if not reason:
             return named
+        self.finished = True
+        pause = {"content": blocks or [], **({"container": self._container} if self._container else {})}
         # text alone can be told by the text
         kept = blocks if blocks and any(block.get("type") != "text" for block in blocks) else None
         return named._replace(
             finish_reason=reason,
-            finish=self._FINISH.get(reason, "other"),
+            finish=self.finish(reason, self._call_count, pause=pause),
             vendor={self.name: kept} if kept else None,
         )
 
@@ -2210,24 +2565,10 @@ class _Anthropic(Dialect):
                 blocks.append(block)
         return blocks
 
-    def _counted(self, usage: Any) -> Usage | None:
-        """The counts so far: those of the start, under what came since"""
-        self._usage.update({name: value for name, value in _dict(usage).items() if value is not None})
-        wire = self._usage
-        if not wire:
-            return None
-        cache_read = _count(wire.get("cache_read_input_tokens"))
-        cache_write = _count(wire.get("cache_creation_input_tokens"))
-        input_tokens = _count(wire.get("input_tokens")) + cache_read + cache_write
-        output_tokens = _count(wire.get("output_tokens"))
-        return Usage(
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            total_tokens=input_tokens + output_tokens,
-            cache_read_tokens=cache_read,
-            cache_write_tokens=cache_write,
-            reasoning_tokens=_count(_dict(wire.get("output_tokens_details")).get("thinking_tokens")),
-        )
+    @staticmethod
+    def _usage_of(**counts: Any) -> Usage:
+        cached = counts.get("cache_read", 0) + counts.get("cache_write", 0)  # both stand beside the input
+        return Dialect._usage_of(**{**counts, "input": counts.get("input", 0) + cached})
 
 
 class _Parts:
@@ -2263,9 +2604,9 @@ class _Gemini(Dialect):
     """
 
     name = "gemini"
+    ends_with_body = True
     roots = ("/v1beta", "/v1alpha", "/v1")
 
-    _REFUSALS = frozenset({"SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR"})
     #: Gemini 3 wants its signature at the first call of an answer; this says that the call is not its own
     _FOREIGN = "skip_thought_signature_validator"
     _TOOL_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
@@ -2288,7 +2629,7 @@ class _Gemini(Dialect):
 
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
-        self._finished: dict[int, bool] = dict.fromkeys(range(choices), False)
+        self._choices = _Choices(choices)
         self._whole: dict[int, _Parts] = {}  # of each candidate
         self._call_count: dict[int, int] = {}
 
@@ -2416,45 +2757,55 @@ class _Gemini(Dialect):
     def recognises(cls, payload: Mapping[str, Any]) -> bool:
         return bool({"candidates", "promptFeedback", "usageMetadata"}.intersection(payload))
 
-    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+    def chunks(self, event: ServerSentEvent) -> list[Chunk]:
         payload = self.load(event)
         if payload is None:
-            return
+            return []
         error = _reported_error(payload, event.event == "error")
         if error is not None:
             raise _stream_error(error)
         candidates = [candidate for candidate in _list(payload.get("candidates")) if isinstance(candidate, dict)]
         named = Chunk(
-            usage=self._usage(_dict(payload.get("usageMetadata"))),
+            usage=self.usage(payload.get("usageMetadata")),
             event_id=event.id or "",
             raw=payload,
             id=_text(payload.get("responseId")),
             model=_text(payload.get("modelVersion")),
         )
-        blocked = _text(_dict(payload.get("promptFeedback")).get("blockReason"))
-        chunks = [self._candidate(candidate, named) for candidate in candidates]
-        if blocked and not candidates:
-            chunks = [named._replace(finish_reason=blocked, finish="refusal")]
-        self.whole = self.whole or bool(blocked and not candidates) or all(self._finished.values())
-        yield from chunks or ([named] if named.usage else [])
+        if not candidates:
+            blocked = _text(_dict(payload.get("promptFeedback")).get("blockReason"))
+            self.whole = self.whole or bool(blocked)
+            refused = named._replace(finish_reason=blocked, finish="refusal")
+            return [refused] if blocked else [named] if named.usage else []
+        indexed = self._choices.indexed(candidates, self._has_text)
+        chunks = [self._candidate(candidate, sent, named._replace(index=index)) for candidate, sent, index in indexed]
+        self.finished, self.whole = self._choices.state
+        return chunks
 
-    def _candidate(self, candidate: dict[str, Any], named: Chunk) -> Chunk:
-        index = _count(candidate.get("index"))
+    @staticmethod
+    def _has_text(candidate: dict[str, Any]) -> bool:
+        parts = map(_dict, _list(_dict(candidate.get("content")).get("parts")))
+        return any(part.get("text") and not part.get("thought") for part in parts)
+
+    def _candidate(self, candidate: dict[str, Any], sent: int, named: Chunk) -> Chunk:
+        index = named.index
         parts = [part for part in _list(_dict(candidate.get("content")).get("parts")) if isinstance(part, dict)]
         whole = self._whole.setdefault(index, _Parts())
         whole.extend(parts)
-        reason = _text(candidate.get("finishReason")) or None
-        self._finished[index] = bool(reason) or self._finished.get(index, False)
-        calls = tuple(self._tool_calls(parts, index))
-        return named._replace(
+        reason = _text(candidate.get("finishReason"))
+        chunk = named._replace(
             text=_texts(part for part in parts if not part.get("thought")),
             reasoning=_texts(part for part in parts if part.get("thought")),
-            tool_calls=calls,
-            finish_reason=reason,
-            finish=self._finish(reason, index) if reason else None,
-            index=index,
-            vendor={self.name: whole.parts()} if reason and whole.are_special else None,
+            tool_calls=tuple(self._tool_calls(parts, index)),
         )
+        self._choices.note(chunk, sent, reason)
+        if not reason:
+            return chunk
+        token = candidate.get("continuationToken")
+        pause = {"continuationToken": token} if token else None
+        finish = self.finish(reason, self._call_count.get(index), pause=pause)
+        kept = {self.name: whole.parts()} if whole.are_special else None
+        return chunk._replace(finish_reason=reason, finish=finish, vendor=kept)
 
     def _tool_calls(self, parts: list[dict[str, Any]], candidate: int) -> Iterator[ToolCall]:
         for call in (_dict(part.get("functionCall")) for part in parts):
@@ -2468,27 +2819,10 @@ class _Gemini(Dialect):
                 arguments = _arguments_text(call.get("args") or {})
                 yield ToolCall(index, _text(call.get("id")), _text(call.get("name")), arguments)
 
-    def _finish(self, reason: str, candidate: int) -> str:
-        if reason == "STOP":
-            return "tool_calls" if self._call_count.get(candidate) else "stop"
-        if reason == "MAX_TOKENS":
-            return "length"
-        return "refusal" if reason.replace("IMAGE_", "") in self._REFUSALS else "other"
-
     @staticmethod
-    def _usage(wire: dict[str, Any]) -> Usage | None:
-        if not wire:
-            return None
-        thoughts = _count(wire.get("thoughtsTokenCount"))
-        input_tokens = _count(wire.get("promptTokenCount")) + _count(wire.get("toolUsePromptTokenCount"))
-        output_tokens = _count(wire.get("candidatesTokenCount")) + thoughts
-        return Usage(
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            total_tokens=_count(wire.get("totalTokenCount"), input_tokens + output_tokens),
-            cache_read_tokens=_count(wire.get("cachedContentTokenCount")),
-            reasoning_tokens=thoughts,
-        )
+    def _usage_of(**counts: Any) -> Usage:
+        thoughts = counts.get("reasoning", 0)  # they stand beside the output
+        return Dialect._usage_of(**{**counts, "output": counts.get("output", 0) + thoughts})
 
 
 class _Responses(Dialect):
@@ -2501,9 +2835,17 @@ class _Responses(Dialect):
     path = "/responses"
     compares = True
 
-    _INCOMPLETE = {"max_output_tokens": "length", "content_filter": "refusal"}
-    _TERMINAL = frozenset({"response.completed", "response.incomplete", "response.failed"})
-    _REASONING = frozenset({"response.reasoning_text.delta", "response.reasoning_summary_text.delta"})
+    _TERMINAL = frozenset({f"response.{status}" for status in ("completed", "incomplete", "failed", "cancelled")})
+    #: the kinds of events that bring text, each as ``.delta`` and whole as ``.done``: what text it is, and where it
+    #: stands when it is done
+    _TEXTS = {
+        "response.output_text": ("text", "text"),
+        "response.refusal": ("refusal", "refusal"),
+        "response.reasoning_text": ("reasoning", "text"),
+        "response.reasoning_summary_text": ("reasoning", "text"),
+        "response.function_call_arguments": ("arguments", "arguments"),
+        "response.custom_tool_call_input": ("arguments", "input"),
+    }
 
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
@@ -2512,11 +2854,12 @@ class _Responses(Dialect):
         self._named = False
         # by output_index, or by the item's id where there is none
         self._calls: dict[Any, ToolCall] = {}  # without their arguments
-        self._argued: set[Any] = set()  # those of which arguments came
-        self._thoughts: dict[Any, tuple[str, int]] = {}  # which kind of reasoning is given, and which part of it
+        self._thoughts: dict[Any, tuple[str, int]] = {}  # which kind of reasoning is returned, and which part of it
         self._items: dict[Any, dict[str, Any]] = {}
-        self._said = _Pieces()
-        self.event_names = self.event_names | self._TERMINAL | self._REASONING | {"response.output_text.delta"}
+        self._said = {field: _Pieces() for field, _ in self._TEXTS.values()}
+        # length and checksum of the text that came, by kind, output_index and part
+        self._came: dict[tuple[str, Any, int], tuple[int, int]] = {}
+        self.event_names = self.event_names.union(self._TERMINAL, (f"{kind}.delta" for kind in self._TEXTS))
 
     # Requests
 
@@ -2595,13 +2938,16 @@ class _Responses(Dialect):
         )
 
     def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
-        if event.data.strip() == "[DONE]":  # OpenRouter sends it, after the terminal event
-            return
         payload = self.load(event)
         if payload is None:
             return
         kind = _text(payload.get("type")) or event.event
-        if kind != "error" and self._is_repeated(payload):
+        if not kind.startswith("response.") and payload.get("object") != "response":
+            error = _reported_error(payload, "error" in (kind, event.event))
+            if error is not None:
+                yield Chunk(event_id=event.id or "", raw=payload, finish_reason="failed", finish="other")
+                raise _stream_error(error)
+        if self._is_repeated(payload):
             return
         response = payload if payload.get("object") == "response" else _dict(payload.get("response"))
         named = Chunk(event_id=event.id or "", raw=payload)
@@ -2612,9 +2958,6 @@ class _Responses(Dialect):
             yield from self._document(response, named)
         elif kind in self._TERMINAL:
             yield from self._ended(kind.rpartition(".")[2], response, named)
-        elif kind == "error" or (not response and payload.get("error")):
-            yield named._replace(finish_reason="failed", finish="other")
-            raise _stream_error(_reported_error(payload, certain=True) or _Reported(""))
         elif named.id or not response:
             yield from self._part_of_answer(kind, payload, named)
 
@@ -2654,57 +2997,75 @@ class _Responses(Dialect):
         return {name: value for name, value in payload.items() if name != "obfuscation"}
 
     def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
-        item, delta = _dict(payload.get("item")), _text(payload.get("delta"))
+        item = _dict(payload.get("item"))
         index = payload.get("output_index")
         if not isinstance(index, int):
             index = _text(payload.get("item_id")) or _text(item.get("id"))
-        if kind == "response.output_text.delta":
-            self._said.append(delta)
-            yield named._replace(text=delta)
-        elif kind == "response.refusal.delta":
-            yield named._replace(refusal=delta)
-        elif kind in self._REASONING:
-            yield named._replace(reasoning=self._reasoning(kind, index, payload, delta))
-        elif kind in ("response.function_call_arguments.delta", "response.custom_tool_call_input.delta"):
-            yield from self._arguments(index, delta, named)
-        elif kind == "response.output_item.added":
-            yield from self._item_added(index, item, named)
-        elif kind == "response.output_item.done":
-            self._items[index] = item
-            yield from self._item_added(index, item, named)
+        base, _, ending = kind.rpartition(".")
+        if base in self._TEXTS and ending in ("delta", "done"):
+            field, member = self._TEXTS[base]
+            part = _count(payload.get("summary_index"), _count(payload.get("content_index")))
+            place = (field if field == "arguments" else base, index, part)
+            text = _text(payload.get("delta" if ending == "delta" else member))
+            yield from self._piece(field, place, text, ending == "done", named)
+        elif kind in ("response.output_item.added", "response.output_item.done"):
+            if ending == "done":
+                self._items[index] = item
+            yield from self._item(index, item, named)
         elif named.id:
             yield named
 
-    def _reasoning(self, kind: str, index: Any, payload: dict[str, Any], delta: str) -> str:
-        """A piece of reasoning: an item's summary or its whole text, not both; parts of it are paragraphs"""
-        part = _count(payload.get("summary_index"), _count(payload.get("content_index")))
-        given, before = self._thoughts.setdefault(index, (kind, part))
-        if given != kind:
-            return ""
-        self._thoughts[index] = (kind, part)
-        return delta if part == before else "\n\n" + delta
+    def _piece(
+        self, field: str, place: tuple[str, Any, int], text: str, is_whole: bool, named: Chunk
+    ) -> Iterator[Chunk]:
+        """A piece of text, or what a whole has beyond the pieces that came"""
+        kind, index, part = place
+        call = self._calls.get(index) if field == "arguments" else None
+        if field == "arguments" and call is None:
+            return  # its item has them too
+        length, checksum = self._came.get(place, (0, 0))
+        if is_whole:
+            # where nothing came under this number it may have come under another (Copilot)
+            is_known = not length and self._said[field].ends_with(text)
+            text = "" if is_known or _text_checksum(text[:length]) != checksum else text[length:]
+            if not text:
+                return
+        self._came[place] = length + len(text), _text_checksum(text, checksum)
+        self._said[field].append(text)
+        if call is not None:
+            if text:
+                yield named._replace(tool_calls=(ToolCall(call.index, arguments=text),))
+        elif field == "reasoning":
+            # an item's summary or its whole text, not both; parts of it are paragraphs
+            first, before = self._thoughts.setdefault(index, (kind, part))
+            if first == kind:
+                self._thoughts[index] = (kind, part)
+                yield named._replace(reasoning=text if part == before else "\n\n" + text)
+        else:
+            yield _chunk_with(named, field, text)
 
-    def _arguments(self, index: Any, piece: str, named: Chunk) -> Iterator[Chunk]:
-        call = self._calls.get(index)
-        if call is not None and piece:
-            self._argued.add(index)
-            yield named._replace(tool_calls=(ToolCall(call.index, arguments=piece),))
-
-    def _item_added(self, index: Any, item: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
-        """A tool call as it begins, or what is new in it as it ends"""
-        if item.get("type") not in ("function_call", "custom_tool_call"):
-            return
-        arguments = _text(item.get("arguments")) or _text(item.get("input"))
-        if index not in self._calls:
-            self._calls[index] = ToolCall(len(self._calls), _text(item.get("call_id")), _text(item.get("name")))
-            if arguments:
-                self._argued.add(index)
-            yield named._replace(tool_calls=(self._calls[index]._replace(arguments=arguments),))
-        elif index not in self._argued:
-            yield from self._arguments(index, arguments, named)
+    def _item(self, index: Any, item: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+        """A tool call as it begins, or what is new in an item as it ends"""
+        kind = _text(item.get("type"))
+        if kind in ("function_call", "custom_tool_call"):
+            if index not in self._calls:
+                self._calls[index] = ToolCall(len(self._calls), _text(item.get("call_id")), _text(item.get("name")))
+                yield named._replace(tool_calls=(self._calls[index],))
+            arguments = _text(item.get("arguments")) or _text(item.get("input"))
+            yield from self._piece("arguments", ("arguments", index, 0), arguments, True, named)
+        for part, content in enumerate(map(_dict, _list(item.get("summary")))):
+            place = ("response.reasoning_summary_text", index, part)
+            yield from self._piece("reasoning", place, _text(content.get("text")), True, named)
+        for part, content in enumerate(map(_dict, _list(item.get("content")))):
+            base = "response." + _text(content.get("type"))
+            if base in self._TEXTS:
+                field, member = self._TEXTS[base]
+                yield from self._piece(field, (base, index, part), _text(content.get(member)), True, named)
 
     def _ended(self, status: str, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """The last chunks of an answer, and the error where it is one"""
+        if status == "cancelled":
+            raise StreamInterrupted("the response was cancelled before it was whole", retryable=False)
         error = _reported_error(response)
         status = "failed" if error else status
         items = [item for item in _list(response.get("output")) if isinstance(item, dict)]
@@ -2712,10 +3073,11 @@ class _Responses(Dialect):
         items = items or list(self._items.values())
         kept = any(item.get("type") != "message" for item in items)
         self.whole = self.done = status != "failed"
+        reason = _text(_dict(response.get("incomplete_details")).get("reason")) if status == "incomplete" else status
         yield named._replace(
-            usage=self._usage(_dict(response.get("usage"))),
+            usage=self.usage(response.get("usage")),
             finish_reason=status,
-            finish=self._finish(status, response),
+            finish="other" if status == "failed" else self.finish(reason, self._calls),
             vendor={self.name: items} if kept and self.whole else None,
         )
         if status == "failed":
@@ -2723,63 +3085,35 @@ class _Responses(Dialect):
 
     def _missing(self, items: list[dict[str, Any]], named: Chunk) -> Iterator[Chunk]:
         """What the whole answer has and its pieces had not"""
-        begun = {call.id for call in self._calls.values()}
+        indexes = {call.id: index for index, call in self._calls.items()}  # which the whole may count otherwise
         for item in items:
-            if _text(item.get("call_id")) not in begun:
-                yield from self._item_added(_text(item.get("call_id")), item, named)
-        said = "".join(self._said)
-        text = "".join(_texts(_list(item.get("content"))) for item in items if item.get("type") == "message")
-        if text and not text.startswith(said):
-            raise InvalidStreamError(
-                f"the pieces of the text are not what its whole is, which ends {_excerpt(text[-50:])}"
-            )
-        if text[len(said) :]:
-            yield named._replace(text=text[len(said) :])
-
-    def _finish(self, status: str, response: dict[str, Any]) -> str:
-        if status == "completed":
-            return "tool_calls" if self._calls else "stop"
-        reason = _text(_dict(response.get("incomplete_details")).get("reason"))
-        return self._INCOMPLETE.get(reason, "other") if status == "incomplete" else "other"
+            kind, id = item.get("type"), _text(item.get("call_id"))
+            if kind != "message" and not (kind == "reasoning" and self._said["reasoning"]):
+                yield from self._item(indexes.get(id, id or _text(item.get("id"))), item, named)
+        contents = [_list(item.get("content")) for item in items if item.get("type") == "message"]
+        for field, member in (("text", "text"), ("refusal", "refusal")):
+            said = "".join(self._said[field])
+            whole = "".join(_text(_dict(part).get(member)) for content in contents for part in content)
+            if whole.startswith(said):
+                if whole[len(said) :]:
+                    yield _chunk_with(named, field, whole[len(said) :])
+            elif not said.endswith(whole):  # vLLM's whole is only the last piece
+                raise InvalidStreamError(
+                    f"the pieces of the {field} are not what its whole is, which ends {_excerpt(whole[-50:])}"
+                )
 
     def _document(self, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """One response instead of a stream"""
-        items = [_dict(item) for item in _list(response.get("output"))]
-        for item in items:
-            content = [part for part in _list(item.get("content")) if isinstance(part, dict)]
-            if item.get("type") == "reasoning":
-                parts = [_text(_dict(part).get("text")) for part in _list(item.get("summary")) or content]
-                yield named._replace(reasoning="\n\n".join(filter(None, parts)))
-            elif item.get("type") == "message":
-                yield named._replace(refusal="".join(_text(part.get("refusal")) for part in content))
         status = _text(response.get("status"))
         if named.id:
             yield named
-        if status in ("completed", "incomplete", "failed"):
+        if f"response.{status}" in self._TERMINAL:
             yield from self._ended(status, response, named)
             return
-        if status == "cancelled":
-            raise StreamInterrupted("the response was cancelled before it was whole", retryable=False)
-        yield from self._missing(items, named)
+        yield from self._missing([_dict(item) for item in _list(response.get("output"))], named)
         if status in ("queued", "in_progress"):
             self.pending = True
             raise StreamInterrupted(f"the response is not whole yet, it is {status}")
-
-    @staticmethod
-    def _usage(wire: dict[str, Any]) -> Usage | None:
-        if not wire:
-            return None
-        prompt, output = _dict(wire.get("input_tokens_details")), _dict(wire.get("output_tokens_details"))
-        input_tokens, output_tokens = _count(wire.get("input_tokens")), _count(wire.get("output_tokens"))
-        return Usage(
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            total_tokens=_count(wire.get("total_tokens"), input_tokens + output_tokens),
-            cache_read_tokens=_count(prompt.get("cached_tokens")),
-            cache_write_tokens=_count(prompt.get("cache_write_tokens")),
-            reasoning_tokens=_count(output.get("reasoning_tokens")),
-            cost=_money(wire.get("cost")),  # OpenRouter
-        )
 
 
 class _Ollama(Dialect):
@@ -2912,16 +3246,11 @@ class _Ollama(Dialect):
 
     def _finished(self, payload: dict[str, Any], chunk: Chunk) -> Chunk:
         reason = _text(payload.get("done_reason")) or "stop"  # older servers give none
-        finish = "length" if reason == "length" else "other"
-        if reason == "stop":
-            finish = "tool_calls" if self._call_count else "stop"
-        input_tokens, output_tokens = _count(payload.get("prompt_eval_count")), _count(payload.get("eval_count"))
-        counted = "prompt_eval_count" in payload or "eval_count" in payload
         kept = {"thinking": "".join(self._thoughts)} if self._thoughts and self._call_count else None
         return chunk._replace(
             finish_reason=reason,
-            finish=finish,
-            usage=Usage(input_tokens, output_tokens, input_tokens + output_tokens) if counted else None,
+            finish=self.finish(reason, self._call_count),
+            usage=self.usage(payload),
             vendor={self.name: kept} if kept else None,
         )
 
@@ -2930,26 +3259,32 @@ DIALECTS: dict[str, type[Dialect]] = {kind.name: kind for kind in (_OpenAI, _Res
 
 
 def iter_chunks(
-    events: Iterable[ServerSentEvent], dialect: str | type[Dialect] = "auto", *, choices: int = 1
+    events: Iterable[ServerSentEvent], dialect: str | type[Dialect] = "auto", *, choices: int | None = None
 ) -> Iterator[Chunk]:
     """What a stream of events says, in the words of a dialect
 
     Events may be ours or those of sseclient-py. Raises StreamError for an error event,
     InvalidStreamError for data that cannot be read, StreamInterrupted where the events end without the end
     marker; each has what came before in ``partial``. ``"auto"`` tells the dialect by the first event that says
-    anything. ``choices`` is how many were asked for (``n``): each must have its end.
+    anything. ``choices`` is how many were requested (``n``): each must have its end. Where one was, all that the stream
+    has are parts of one answer; None is not known, and keeps apart what has different indexes.
     """
-    if dialect == "auto":
-        return _folded(_parsed_as_told(iter(events), choices), _Answer())
-    return _folded(_parsed(events, _dialect(dialect)(choices)), _Answer())
+    kind = None if dialect == "auto" else _dialect(dialect)
+    return _folded(_parsed_as_told(iter(events), kind, choices), _Answer())
 
 
-def _parsed_as_told(events: Iterator[ServerSentEvent], choices: int) -> Iterator[Chunk]:
-    for event in events:
+def _parsed_as_told(
+    events: Iterator[ServerSentEvent], kind: type[Dialect] | None, choices: int | None
+) -> Iterator[Chunk]:
+    for event in events if kind is None else ():
         kind = _told(event)
         if kind is not None:
-            return (yield from _parsed(itertools.chain((event,), events), kind(choices)))
-    yield from _parsed((), _OpenAI(choices))
+            events = itertools.chain((event,), events)
+            break
+    reader = (kind or _OpenAI)(choices or 1)
+    if choices is None and isinstance(reader, (_OpenAI, _Gemini)):
+        reader._choices.are_apart = True
+    yield from _parsed(events, reader)
 
 
 def _told(event: ServerSentEvent) -> type[Dialect] | None:
@@ -2977,16 +3312,19 @@ def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, document: bool 
     said = False
     try:
         for event in events:
-            for chunk in dialect.chunks(event):
+            for chunk in dialect.read(event):
                 said = said or _says(chunk)
                 yield chunk
             if dialect.done:
                 break
+        else:
+            dialect.whole = dialect.whole or (dialect.finished and dialect.ends_with_body)
+        yield from dialect.end()
         if document and not said and not dialect.whole:
             raise InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
         if dialect.require_end and not dialect.whole:
             raise StreamInterrupted("the stream ended without its end marker")
-    except (StreamInterrupted, StreamTimeout) as error:
+    except (InvalidStreamError, StreamInterrupted, StreamTimeout) as error:
         if not dialect.whole:  # else only the usage is lost, or the way the connection ends
             raise
         dialect.lost = isinstance(error, StreamInterrupted)
@@ -3006,18 +3344,46 @@ def _folded(chunks: Iterable[Chunk], answer: _Answer) -> Iterator[Chunk]:
 
 def _set_partial(error: SheepError, answer: _Answer, events: Sequence[Sequence[Any]] = ()) -> None:
     error.partial = answer.completion()
-    error.resume_point = answer.resume_point(events)
+    error.resume_point = answer.resume_point(events)._replace(pause=error._pause)
 
 
 class _Reported:
     """What an error object says, whichever vendor's shape it has"""
 
     def __init__(
-        self, message: str, code: str | int | None = None, type: str = "", details: Any = None, request_id: str = ""
+        self,
+        message: str,
+        code: str | int | None = None,
+        type: str = "",
+        details: Any = None,
+        request_id: str = "",
+        statuses: frozenset[int] = frozenset(),
     ) -> None:
         self.message, self.code, self.type, self.request_id = message, code, type, request_id
         #: the parts that Gemini and Anthropic put beside the message
         self.details = details
+        #: what it holds of HTTP statuses, wherever they stand
+        self.statuses = statuses
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether another attempt may help"""
+        if _is_quota(429, self):
+            return False
+        if self.statuses:
+            return not self.statuses.isdisjoint(RETRYABLE_STATUS)
+        words = f"{self.code or ''} {self.type}"
+        return re.search(_PASSING, words) is not None or re.search(_BUSY, f"{words} {self.message}") is not None
+
+
+#: where servers put an error's words, its code, and the HTTP status that it would have had
+_MESSAGES = ("message", "detail", "msg", "error_message", "error_msg", "errorMessage", "status_msg", "error", "errors")
+_CODES = ("code", "error_code", "errorCode", "status_code")
+_STATUSES = (*_CODES, "status", "statusCode", "http_code", "http_status", "raw_status_code")
+#: codes that say that nothing is wrong
+_GOOD_CODES = frozenset({"", "0", "200", "ok", "success", "none", "false"})
+#: MiniMax's codes of failures that may pass, as the HTTP statuses that they mean
+_MINIMAX = {1000: 500, 1001: 408, 1002: 429}
 
 
 def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
@@ -3026,26 +3392,63 @@ def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
         payload = payload[0] if payload else None
     if not isinstance(payload, dict):
         return _Reported(_text(payload)) if certain else None
-    error = payload.get("error")
-    request_id = _text(payload.get("request_id"))
-    if isinstance(error, str) and error:  # Ollama, xAI
-        return _Reported(error, _code(payload.get("code")), "", None, request_id)
-    if not isinstance(error, dict) or not error:
-        if payload.get("object") != "error" and not certain:  # old vLLM
-            return None
-        error = payload
+    error = _error_object(payload, certain)
+    if error is None:
+        return None
+    places = (error, payload, _dict(error.get("metadata")))
+    statuses = {_status_in(place.get(name)) for place in places for name in _STATUSES}
+    if "status_msg" in error:
+        statuses = {_MINIMAX.get(_count(error.get("status_code")), 0)}
+    codes = [_code(place.get(name)) for place in places[:2] for name in _CODES]
+    codes.append(_code(_dict(error.get("details")).get("error_code")))
+    types = [_text(error.get("type")), _text(error.get("status"))]
+    types += [_text(place.get("error_type")) for place in places]
     return _Reported(
         message=_error_message(error),
-        code=_code(error.get("code")) or _code(_dict(error.get("details")).get("error_code")),
-        type=_text(error.get("type")) or _text(error.get("status")),
+        code=next((code for code in codes if code is not None), None),
+        type=next((type for type in types if type not in ("", "error")), ""),
         details=error.get("details"),
-        request_id=request_id,
+        request_id=_text(payload.get("request_id")),
+        statuses=frozenset(statuses - {0}),
     )
 
 
+def _error_object(payload: dict[str, Any], certain: bool) -> dict[str, Any] | None:
+    """The part of a payload that says what went wrong, None where nothing did"""
+    error = payload.get("error") or payload.get("errors")
+    if isinstance(error, list) and error:
+        error = error[0]
+    if isinstance(error, str) and error:  # Ollama, xAI, TGI
+        error = {"message": error}
+    if error and isinstance(error, dict):
+        return error
+    minimax = _dict(payload.get("base_resp"))
+    if _is_bad(minimax.get("status_code")):
+        return minimax
+    named = any(_text(payload.get(name)) for name in ("error_message", "error_msg", "errorMessage"))  # DeepInfra
+    if certain or error or named or "error" in (payload.get("object"), payload.get("type")):
+        return payload
+    if payload.get("choices") or payload.get("candidates"):
+        return None
+    coded = any(_is_bad(payload.get(name)) for name in _CODES) and any(_text(payload.get(name)) for name in _MESSAGES)
+    return payload if coded or payload.get("detail") else None
+
+
+def _is_bad(code: Any) -> bool:
+    """Whether a code is one, and says that something is wrong"""
+    return _code(code) is not None and str(code).lower() not in _GOOD_CODES
+
+
+def _status_in(value: Any) -> int:
+    """A number that is an HTTP status of an error, else 0"""
+    return int(value) if isinstance(value, (int, str)) and re.fullmatch("[45][0-9][0-9]", str(value)) else 0
+
+
 def _error_message(error: dict[str, Any]) -> str:
-    for name in ("message", "detail", "msg", "error"):
+    for name in _MESSAGES:
         value = error.get(name)
+        if isinstance(value, dict):
+            value = _error_message(value)
         if isinstance(value, str) and value:
             return value
         if isinstance(value, list) and value:  # FastAPI: [{"msg": ...}]
@@ -3057,24 +3460,22 @@ def _code(value: Any) -> str | int | None:
     return value if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "" else None
 
 
-#: how the vendors call failures of theirs that may pass, in an error inside a stream
+#: how the vendors call failures of theirs that may pass, in the code or the type of an error
 _PASSING = (
     r"(?i)server_error|internal|overloaded|unavailable|timeout|timed_out|rate_limit|too_many_requests|api_error"
-    r"|exhausted"
+    r"|exhausted|network_error|abort|insufficient_system_resource"
 )
+#: the same in any words
+_BUSY = r"(?i)throttl|overload|rate.?limit|too many requests"
 
 
 def _stream_error(reported: _Reported) -> StreamError:
     code = reported.code
-    if re.fullmatch("[0-9]{3}", str(code)):
-        passing = int(str(code)) in RETRYABLE_STATUS
-    else:
-        passing = re.search(_PASSING, f"{code or ''} {reported.type}") is not None
     return StreamError(
         f"the provider reported an error in the stream: {reported.message or code or 'it did not say which'}",
         code=code if isinstance(code, str) else None,
         vendor_code=code if code is not None else reported.type or None,
-        retryable=passing and not _is_quota(429, reported),
+        retryable=reported.may_pass,
         request_id=reported.request_id or None,
     )
 
@@ -3089,25 +3490,38 @@ _QUOTA_CODES = frozenset(
         "billing_error",
         "contract_spend_limit_reached",
         "enforced_spend_limit_reached",
+        "insufficient_balance_error",  # MiniMax
+        "Arrearage",  # DashScope
     }
 )
+#: the same where no code says so
+_QUOTA_MESSAGE = r"(?i)\binsufficient (account )?(balance|credits?|funds)\b"
 _MODEL_CODES = frozenset({"model_not_found", "DeploymentNotFound", "not_found_error", "invalid_model"})
 #: a model that is not there, where no code says so (Gemini, Vertex, Ollama, DeepSeek)
 _MODEL_MESSAGE = r"(?is)\bmodels?\b.*\b(not found|does not exist|not exist)\b|\bnot a valid model\b"
 #: a key refused with another status than 401 (Gemini, xAI)
 _KEY_MESSAGE = r"(?i)\bAPI_KEY_INVALID\b|\b(incorrect|invalid) api key\b"
+#: a country that the provider does not serve (OpenAI, Gemini, Anthropic)
+_COUNTRY_MESSAGE = (
+    r"(?i)\b(country|region|territory|location)\b.*\b(not |un)(supported|available|allowed)\b"
+    r"|\bunsupported (country|region|location)\b|\brequest not allowed\b"
+)
 
 
 def _is_quota(status: int, reported: _Reported) -> bool:
     if status == 402 or {str(reported.code), reported.type} & _QUOTA_CODES:
         return True
+    if re.search(_QUOTA_MESSAGE, reported.message):
+        return True
     # Gemini: QuotaFailure.violations[].quotaId ends in PerDay..., RetryInfo notwithstanding
     return status == 429 and "PerDay" in json.dumps(reported.details)
 
 
-def _error_class(status: int, reported: _Reported) -> type[SheepError]:
+def _error_class(status: int, reported: _Reported, is_page: bool) -> type[SheepError]:
     if _is_quota(status, reported):
         return QuotaError
+    if status == 403 and (is_page or _is_of_country(reported)):
+        return InvalidRequestError
     if status in (401, 403):
         return AuthenticationError
     if status == 429:
@@ -3123,6 +3537,11 @@ def _error_class(status: int, reported: _Reported) -> type[SheepError]:
     return InvalidRequestError
 
 
+def _is_of_country(reported: _Reported) -> bool:
+    words = f"{reported.code or ''} {reported.message}".replace("_", " ")
+    return re.search(_COUNTRY_MESSAGE, words) is not None
+
+
 _ADVICE: dict[type[SheepError], str] = {
     AuthenticationError: "check the API key",
     QuotaError: "the account's quota or credit is used up: check its plan and billing",
@@ -3130,18 +3549,30 @@ _ADVICE: dict[type[SheepError], str] = {
     ModelNotFoundError: "check the model's name, and that the key may use it",
     ServerError: "the provider is failing or overloaded; try again later",
 }
+#: for statuses of 500 and above that no other attempt mends
+_FINAL_ADVICE = {
+    501: "the server does not support this request",
+    505: "the server does not support this version of HTTP",
+    511: "the network wants a login first",
+    525: "Cloudflare has no TLS connection to the provider",
+    526: "Cloudflare does not trust the certificate of the provider",
+}
 
 
 def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", where: str = "") -> SheepError:
     """The error that an answer's status, headers and body mean, in any vendor's shape"""
     payload = _json(body)
+    if payload is _NO_JSON:
+        payload = _payload_in_events(body)
     reported = _reported_error(payload, certain=payload is not _NO_JSON) or _Reported("")
-    kind = _error_class(status, reported)
+    is_page = _media_type(headers.get("content-type") or "") == "text/html" or body.lstrip()[:1] == b"<"
+    kind = _error_class(status, reported, is_page)
     says = {"true": True, "false": False}.get((headers.get("x-should-retry") or "").strip().lower())
     request_id = headers.get("x-request-id") or headers.get("request-id") or reported.request_id or None
     error = kind(
         _status_message(status, headers, body, reported, kind, where),
         status=status,
+        retryable=status in RETRYABLE_STATUS if kind is ServerError else None,
         retry_after=_retry_after(headers) or _retry_info(reported.details),
         vendor_code=reported.code if reported.code is not None else reported.type or None,
         request_id=request_id,
@@ -3149,6 +3580,22 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", wh
     if says is not None and kind not in (AuthenticationError, QuotaError):
         error.retryable = error._server_says = says
     return error
+
+
+def _payload_in_events(body: bytes) -> Any:
+    """The first JSON in a body that is framed as a stream, or _NO_JSON"""
+    if body.lstrip()[:1] == b"{":
+        decoder: SSEDecoder | _JSONDecoder = _JSONDecoder()
+    elif re.match(_FIRST_LINE, body.lstrip()):
+        decoder = _AnswerDecoder()
+    else:
+        return _NO_JSON
+    with contextlib.suppress(InvalidStreamError):
+        for event in [*decoder.feed(body), *decoder.flush()]:
+            payload = _json(event.data)
+            if payload is not _NO_JSON or event.event == "error":
+                return {"error": event.data} if payload is _NO_JSON else payload
+    return _NO_JSON
 
 
 def _retry_info(details: Any) -> float | None:
@@ -3169,7 +3616,12 @@ def _status_message(
     elif not said:
         content_type = headers.get("content-type") or "no Content-Type"
         said = f"{content_type} with {_excerpt(body)}" if body.strip() else "no message"
-    advice = _ADVICE.get(kind) or (f"is {where or 'the base URL'} the right address?" if not reported.message else "")
+    advice = _FINAL_ADVICE.get(status) or _ADVICE.get(kind)
+    if status == 403 and kind is InvalidRequestError:
+        country = "the provider does not serve this country or region"
+        advice = country if reported.message else "a firewall before the provider refused the request, not the key"
+    elif not advice and not reported.message:
+        advice = f"is {where or 'the base URL'} the right address?"
     return f"{status} from {where or 'the server'}: {said.strip()}" + (f" ({advice})" if advice else "")
 
 
@@ -3269,10 +3721,6 @@ def _tokenizer(encoding: str) -> Callable[[str], int]:
             "no tokenizer is installed: pip install 'sheepsse[tokens]', or mode='relaxed' estimates"
         ) from error
     return lambda text: len(encode(_without_surrogates(text), disallowed_special=()))
-
-
-def _without_surrogates(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _estimate(text: str, chars_per_token: float | None = None, method: str = "script") -> int:
@@ -5055,9 +5503,7 @@ def _is_number(*ids: str) -> bool:
 
 
 def _checksum(event: ServerSentEvent) -> int:
-    import zlib
-
-    return zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))
+    return _text_checksum(f"{event.event}\n{event.data}")
 
 
 def _another_answer() -> StreamInterrupted:
@@ -6803,7 +7249,7 @@ class _Call:
     @property
     def _is_finished(self) -> bool:
         """Whether an answer without its end marker lacks nothing but that, and perhaps its usage"""
-        return self._plan.dialect.choices == 1 and self.answer.finish not in (None, "other")
+        return self._plan.dialect.choices == 1 and self.answer.settled and self.answer.finish not in (None, "other")
 
     def _went_on_for_usage(self) -> bool:
         """Whether there is a connection for the usage that a checkpoint lacks, where it is had for nothing"""
@@ -6920,14 +7366,20 @@ class _Call:
             raise InvalidStreamError(
                 f"expected an answer from {self._where}, got status 204, which has none", status=204
             )
+        encoding = _undecodable(response)
         if 200 <= response.status_code < 300:
+            if encoding:
+                raise InvalidStreamError(
+                    f"the answer from {self._where} has the Content-Encoding {encoding}, which nothing here decodes: "
+                    "install the package that does (brotli, zstandard), or have the server or proxy not use it"
+                )
             if self.clock.answered is None:
                 self.clock.answered = self._answered_at
             if self._plain:  # it was that which was refused: the client need not ask for it again
                 self._refusing.add(self._target.base_url)
             return response
         try:
-            body = _error_body(response, self.wire)
+            body = b"" if encoding else _error_body(response, self.wire)
         finally:
             response.close()
         # so that .text and .json() of the error's response work, though it is closed
@@ -7156,7 +7608,8 @@ class _Call:
         document = _is_document(content_type)
         blocks = _limited_blocks(response, self.wire)
         try:
-            events = _framed(blocks, content_type, self._options.format, self._options.max_event_size)
+            is_bounded = document and _has_known_end(response)
+            events = _framed(blocks, content_type, self._options.format, self._options.max_event_size, is_bounded)
             yield from self._timed(_parsed(plan.events(events), dialect, document), dialect)
             if self.wire.ended:
                 raise StreamInterrupted("ended from outside")

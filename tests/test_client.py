@@ -743,7 +743,7 @@ def test_check_keeps_the_query_of_an_address(server):
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_check_knows_a_refused_key(server, status):
-    server.answer(error_answer(status, "Not this key"))
+    server.answer(error_answer(status, "Not this key", code=""))
     with asking(server, api_key=KEY) as client:
         health = client.check()
     assert (health.ok, health.status, health.models) == (False, "bad_key", ())

@@ -42,10 +42,11 @@ def names(transcript):
     return transcript.name if transcript.dialect == "openai" else f"{transcript.dialect}: {transcript.name}"
 
 
-def served(server, client, body, content_type=None):
+def served(server, client, body, content_type=None, choices=1):
     """A stream of this body"""
     server.answer(local_provider.Answer(body=body, block=4096, content_type=content_type))
-    return client.stream("Good day?", resume="never")
+    requested = {"n": choices} if choices > 1 else {}
+    return client.stream("Good day?", resume="never", **requested)
 
 
 @pytest.fixture
@@ -78,7 +79,8 @@ def events_of(blocks, content_type):
 @pytest.mark.parametrize("transcript", TRANSCRIPTS + VENDORS, ids=names)
 @pytest.mark.usefixtures("received")
 def test_a_stream_says_over_a_socket_what_its_transcript_says(server, clients, transcript):
-    stream = served(server, clients[transcript.dialect], transcript.body, media_type(transcript))
+    client, choices = clients[transcript.dialect], max(1, len(transcript.texts))
+    stream = served(server, client, transcript.body, media_type(transcript), choices)
     pieces, error = read(stream)
     answer = stream.completion
     assert "".join(pieces) == answer.text == stream.text == transcript.text

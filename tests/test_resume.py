@@ -710,8 +710,8 @@ def test_verify_raises_at_the_first_difference_and_says_where(server):
             "tool_calls 0",
         ),
         (
-            [{"tool_calls": [{"index": 0, "id": "1", "function": {"name": "a", "arguments": "{}"}}]}],
-            [{"tool_calls": [{"index": 0, "id": "1", "function": {"name": "a", "arguments": "{"}}]}],
+            [{"tool_calls": [{"index": 0, "id": "1", "function": {"name": "a", "arguments": "[]"}}]}],
+            [{"tool_calls": [{"index": 0, "id": "1", "function": {"name": "a", "arguments": "["}}]}],
             "tool_calls 0",
         ),
     ],

@@ -200,8 +200,6 @@ TRANSCRIPTS = [
             DONE,
         ),
         "Good day",
-        tool_calls=(("", "", ""),),
-        usage=Usage(),
     ),
     Transcript(
         "text on the chunk that finishes", sse(*says("Good"), chunk({"content": " day"}, "stop"), DONE), "Good day"

@@ -222,6 +222,8 @@ ANTHROPIC = [
         "Good",
         finish_reason="pause_turn",
         finish="other",
+        error=("StreamInterrupted", "the vendor paused the answer (pause_turn)"),
+        complete=False,
     ),
     anthropic(
         "a refusal in the middle",
