@@ -1478,6 +1478,8 @@ class Dialect:
     require_end = True
     #: whether the end of the body ends an answer that has its finish reason
     ends_with_body = False
+    #: counts of a usage that do not include others, by the names of _COUNTS
+    excluded: Mapping[str, tuple[str, ...]] = {}
     #: whether the end of a stream repeats the answer, which is held against what came
     compares = False
     #: names of events whose data must be readable; others are skipped where it is not
@@ -1615,23 +1617,17 @@ class Dialect:
         for name, count in counts.items():
             if count or name not in self._counts or (any(counts.values()) and name not in ("input", "output", "total")):
                 self._counts[name] = count
-        return self._usage_of(**self._counts) if counts else None
-
-    @staticmethod
-    def _usage_of(
-        *,
-        input: int = 0,
-        output: int = 0,
-        total: int = 0,
-        cache_read: int = 0,
-        cache_write: int = 0,
-        reasoning: int = 0,
-        cost: Decimal | None = None,
-    ) -> Usage:
-        """The counts of the wire as inclusive ones"""
-        if reasoning and total == input + output + reasoning:  # it stands beside the output (xAI)
+        if not counts:
+            return None
+        known = {**dict.fromkeys(_COUNTS, 0), **self._counts}
+        for whole, parts in self.excluded.items():
+            known[whole] += sum(known[part] for part in parts)
+        output, reasoning, total = known["output"], known["reasoning"], known["total"]
+        if reasoning and total == known["input"] + output + reasoning:  # it stands beside the output (xAI)
             output += reasoning
-        return Usage(input, output, total or input + output, cache_read, cache_write, reasoning, cost)
+        total = total or known["input"] + output
+        read, written = known["cache_read"], known["cache_write"]
+        return Usage(known["input"], output, total, read, written, reasoning, known.get("cost"))
 
     def _without_halves(self, chunk: Chunk) -> Chunk:
         """The chunk without lone surrogates: the first half of a pair is held back until the second comes"""
@@ -1963,7 +1959,7 @@ _COUNTS = {
 
 
 def _counts_in(wire: dict[str, Any]) -> dict[str, Any]:
-    """The counts of a usage, by the names of Dialect._usage_of; what is no count is missing"""
+    """The counts of a usage, by the names of _COUNTS, and its cost; what is no count is missing"""
     counts = {}
     for name, places in _COUNTS.items():
         count = max(_count(_at(wire, place), -1) for place in places)
@@ -2309,6 +2305,7 @@ class _Anthropic(Dialect):
     path = "/messages"
     roots = ("/v1",)
     headers: Mapping[str, str] = {"anthropic-version": "2023-06-01"}
+    excluded: Mapping[str, tuple[str, ...]] = {"input": ("cache_read", "cache_write")}
 
     #: the fields that the kinds of delta add to
     _DELTAS = {
@@ -2565,11 +2562,6 @@ class _Anthropic(Dialect):
                 blocks.append(block)
         return blocks
 
-    @staticmethod
-    def _usage_of(**counts: Any) -> Usage:
-        cached = counts.get("cache_read", 0) + counts.get("cache_write", 0)  # both stand beside the input
-        return Dialect._usage_of(**{**counts, "input": counts.get("input", 0) + cached})
-
 
 class _Parts:
     """The parts of a candidate as they came, but for texts that came in pieces"""
@@ -2605,6 +2597,7 @@ class _Gemini(Dialect):
 
     name = "gemini"
     ends_with_body = True
+    excluded: Mapping[str, tuple[str, ...]] = {"output": ("reasoning",)}
     roots = ("/v1beta", "/v1alpha", "/v1")
 
     #: Gemini 3 wants its signature at the first call of an answer; this says that the call is not its own
@@ -2818,11 +2811,6 @@ class _Gemini(Dialect):
                     )
                 arguments = _arguments_text(call.get("args") or {})
                 yield ToolCall(index, _text(call.get("id")), _text(call.get("name")), arguments)
-
-    @staticmethod
-    def _usage_of(**counts: Any) -> Usage:
-        thoughts = counts.get("reasoning", 0)  # they stand beside the output
-        return Dialect._usage_of(**{**counts, "output": counts.get("output", 0) + thoughts})
 
 
 class _Responses(Dialect):
