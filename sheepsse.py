@@ -34,11 +34,13 @@ The file is read from top to bottom; a section uses only those above it:
 from __future__ import annotations
 
 import atexit
+import base64
 import bisect
 import collections
 import contextlib
 import copy
 import email.utils
+import errno
 import functools
 import io
 import itertools
@@ -53,9 +55,11 @@ import sys
 import threading
 import time
 import weakref
-from http.client import HTTPException
+from http.client import HTTPConnection as _HTTPConnection
+from http.client import HTTPException, parse_headers
 from http.client import HTTPResponse as _HTTPResponse
 from http.client import IncompleteRead as _IncompleteRead
+from http.cookiejar import DefaultCookiePolicy
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -247,6 +251,19 @@ def _undecodable(response: requests.Response) -> str:
 def _has_known_end(response: requests.Response) -> bool:
     """Whether a body that is read to its end without an error is whole for certain"""
     return bool(response.headers.get("Content-Length") or getattr(response.raw, "chunked", False))
+
+
+def _shut_down(sock: Any) -> None:
+    """Ends a connection, which ends the recv of another thread; the socket's own methods are left to its reader
+
+    By a copy: SSLSocket.shutdown() would let the reader take ciphertext for text, and gevent and eventlet have sockets
+    of their own. What is no socket (that of vcrpy) is left alone.
+    """
+    sock = getattr(sock, "socket", sock)  # TLS inside TLS, pyOpenSSL
+    if hasattr(sock, "shutdown"):
+        with contextlib.suppress(OSError):  # not connected any more
+            with contextlib.closing(socket.socket(fileno=socket.dup(sock.fileno()))) as copied:
+                copied.shutdown(socket.SHUT_RDWR)
 
 
 def _socket_of(response: requests.Response) -> socket.socket | None:
@@ -453,6 +470,17 @@ _KEY_HEADER = re.compile("auth|cookie|credential|key$|password|secret|token", re
 _KEY_PARAMETER = re.compile("access|auth|code|credential|key|pass|secret|sig|token", re.IGNORECASE)
 
 
+class _Key(str):
+    """A key that does not show itself where a crash reporter prints what the functions on the way hold"""
+
+    def __repr__(self) -> str:
+        return _HIDDEN
+
+    @classmethod
+    def of(cls, key: str | bytes) -> _Key:
+        return cls(key if isinstance(key, str) else key.decode("latin-1"))
+
+
 class _Hidden(Dict[str, Any]):
     """Headers that hold a key, and do not show it"""
 
@@ -471,7 +499,7 @@ class _Secrets:
     Servers repeat keys in their messages; libraries put header values and URLs into theirs.
     """
 
-    def __init__(self, headers: Mapping[str, Any], url: str = "") -> None:
+    def __init__(self, headers: Mapping[str, Any], url: str = "", proxies: Mapping[str, str] | None = None) -> None:
         words: set[str] = set()
         for value in _key_headers(headers).values():
             text = value.decode("latin-1") if isinstance(value, bytes) else str(value or "")
@@ -482,19 +510,39 @@ class _Secrets:
         pairs = (pair.partition("=") for pair in parts.query.split("&"))
         found = [value for name, _, value in pairs if _KEY_PARAMETER.search(name)]
         found.append(parts.netloc.rpartition("@")[0].partition(":")[2])
+        for proxy in (proxies or {}).values():
+            # urlsplit fails for a password with a sign in it, and the library names a part of it
+            password = re.sub("^[^@:/]*://", "", str(proxy)).rpartition("@")[0].partition(":")[2]
+            found += [password, *re.split(r"[#/?\[\]@:]", password)]
         words.update(form for value in found for form in (value, unquote(value)))
         # shorter ones are words of every day, which a message needs
         kept = (word for word in words if len(word) >= 8 or (len(word) >= 4 and not word.isalpha()))
-        self._words = sorted(kept, key=len, reverse=True)
+        self.words = sorted(kept, key=len, reverse=True)
+        # pieces by which an echo is known that is cut, in Base64 or in other letters
+        self._pieces = {
+            form[at : at + size].lower()
+            for word in self.words
+            for size, forms in ((12, (word,)), (16, _base64_forms(word)))
+            for form in forms
+            for at in range(len(form) - size + 1)
+        }
 
     def hide(self, text: str) -> str:
-        """The text without them, also where a quotation cuts one off after eight characters or more"""
-        for word in self._words:
+        """The text without them, also where one is cut off after eight characters or more, or echoed otherwise"""
+        for word in self.words:
             text = text.replace(word, _HIDDEN)
             if word[:8] in text and len(word) > 8:
                 for length in range(len(word) - 1, 7, -1):
                     text = text.replace(word[:length], _HIDDEN)
-        return text
+        return self._without_echoes(text) if self._pieces else text
+
+    def _without_echoes(self, text: str) -> str:
+        shown, folded = list(text), text.lower() if text.isascii() else "".join(each.lower()[:1] for each in text)
+        for size in (12, 16):
+            for at in range(len(folded) - size + 1):
+                if folded[at : at + size] in self._pieces:
+                    shown[at : at + size] = ["\0"] * size
+        return re.sub("\0+", _HIDDEN, "".join(shown)) if "\0" in shown else text
 
     def hide_bytes(self, data: bytes) -> bytes:
         return self.hide(data.decode("latin-1")).encode("latin-1")
@@ -526,12 +574,24 @@ class _Secrets:
             if isinstance(value, str) and value != self.hide(value):
                 setattr(error, name, self.hide(value))
         for behind in _chain(error)[1:]:
+            behind.__traceback__ = None  # the functions of requests and urllib3 on the way hold the headers
             if isinstance(behind, requests.RequestException):
                 behind.request = self.hide_request(behind.request)
             shown = f"{behind!r} {vars(behind)!r}"
             if shown != self.hide(shown):
                 error.__cause__ = error.__context__ = None
                 return
+
+
+def _base64_forms(word: str) -> list[str]:
+    """What a word is in Base64, wherever it stands in what is encoded"""
+    encoded = (base64.b64encode(b"\0" * before + word.encode())[2 * before : -4].decode() for before in range(3))
+    return [form.replace("+", plus).replace("/", slash) for form in encoded for plus, slash in ("+/", "-_")]
+
+
+def _environment_proxies() -> dict[str, str]:
+    names = ("http_proxy", "https_proxy", "all_proxy")
+    return {name: os.environ[name] for each in names for name in (each, each.upper()) if os.environ.get(name)}
 
 
 def _split_url(url: str) -> SplitResult:
@@ -550,6 +610,24 @@ def _chain(error: BaseException, end: BaseException | None = None) -> list[BaseE
         chain.append(link)
         link = link.__cause__ or link.__context__
     return chain
+
+
+def _raise_callers_own(error: BaseException, end: BaseException | None = None) -> None:
+    """Raises the exception of a signal handler that a library took for a failure of its own
+
+    A handler is known by its argument: the frame that it interrupted.
+    """
+    for link in reversed(_chain(error, end)):  # those before it have its traceback, too
+        trace = link.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            interrupted, trace = trace.tb_frame, trace.tb_next
+            if any(_holds(value, interrupted) for value in trace.tb_frame.f_locals.values()):
+                raise link from link.__cause__
+
+
+def _holds(value: Any, frame: Any) -> bool:
+    """Whether a value is a frame, or a tuple with it (``*args``)"""
+    return value is frame or (type(value) is tuple and any(item is frame for item in value))
 
 
 #: what _json gives for what is none; no JSON says this
@@ -768,6 +846,12 @@ def _chunk_with(chunk: Chunk, field: str, text: str) -> Chunk:
     return chunk._replace(**changes)
 
 
+def _size_of(chunk: Chunk) -> int:
+    """The bytes of what a chunk brings"""
+    said = chunk.text + chunk.reasoning + chunk.refusal + "".join([call.arguments for call in chunk.tool_calls])
+    return len(said) if said.isascii() else len(said.encode("utf-8", "surrogatepass"))
+
+
 class _Pieces(List[str]):
     """A text that grows, in pieces of which short ones are put together: a str takes 50 bytes beside its letters"""
 
@@ -896,17 +980,45 @@ class _Answer:
         try:
             rest: Any = json.loads(point.cursor) if point.cursor else ["", "", [], "", [None, None, False], []]
             reasoning, refusal, calls, id, (finish_reason, finish, given, *settled), events = rest
-            if not all(isinstance(part, str) for part in (point.text, reasoning, refusal, id)):
-                raise TypeError("what was received is text")
+            said = {
+                "text": point.text,
+                "reasoning": reasoning,
+                "refusal": refusal,
+                "id": id,
+                "event_id": point.event_id,
+            }
+            said.update({"finish_reason": finish_reason, "finish": finish} if finish_reason is not None else {})
+            _check_types(said, _CHUNK_TYPES)
             parts = tuple(ToolCall(*call) for call in calls)
+            for part in parts:
+                _check_types(part._asdict(), _CALL_TYPES)
             marks = [(str(event_id), checksum) for event_id, checksum in events]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"resume_from takes a resume_point as it was given: {error}") from error
         answer = cls()
         answer.add(Chunk(point.text, reasoning, refusal, parts, finish_reason, finish, id=id, event_id=point.event_id))
         answer.given = answer.given or given is True  # of another choice
         answer.settled = settled == [True]
         return answer, marks
+
+
+#: what the fields of a chunk, a call and a usage are where they come from a file or another process
+_CALL_TYPES = {"index": int, "id": str, "name": str, "arguments": str}
+_CHUNK_TYPES = {
+    **dict.fromkeys(("text", "reasoning", "refusal", "finish_reason", "finish", "event_id", "id", "model"), str),
+    **{"tool_calls": list, "usage": dict, "index": int, "vendor": dict},
+}
+_USAGE_TYPES = {
+    **dict.fromkeys((name for name in Usage._fields if name.endswith("_tokens")), int),
+    **{"cost": str, "source": str, "alignment": str, "provider": list, "local": list, "aligned_at": float},
+}
+
+
+def _check_types(fields: Any, types: Mapping[str, type]) -> None:
+    """TypeError for what is no dict of these fields"""
+    for name, value in fields.items():
+        if name not in types or not isinstance(value, types[name]) or isinstance(value, bool):
+            raise TypeError(f"{str(name)[:50]!r} is a {type(value).__name__}")
 
 
 def collect(chunks: Iterable[Chunk], index: int = 0) -> Completion:
@@ -955,6 +1067,10 @@ def _excerpt(text: str | bytes, limit: int = 200) -> str:
 
 #: the largest event that is held in memory, unless a caller says otherwise
 _MAX_EVENT_SIZE = 8 * 1024 * 1024
+#: the same for all the text, reasoning and arguments of an answer
+_MAX_ANSWER_SIZE = 64 * 1024 * 1024
+#: the longest id of an event that a client takes
+_MAX_ID_SIZE = 16 * 1024
 
 
 def iter_bytes(response: requests.Response) -> Iterator[bytes]:
@@ -980,15 +1096,22 @@ def _body_error(error: Exception) -> SheepError:
     """What a failure to read a body means, in either library's words"""
     if isinstance(error, SheepError):
         return error
+    _raise_callers_own(error)
     if isinstance(error, (urllib3.exceptions.DecodeError, requests.exceptions.ContentDecodingError)):
         return InvalidStreamError(f"the body cannot be decompressed as its Content-Encoding says: {error}")
-    # requests wraps a time-out inside the body as ConnectionError(ReadTimeoutError)
-    if isinstance(error, (urllib3.exceptions.ReadTimeoutError, socket.timeout)) or (
-        isinstance(error, requests.ConnectionError)
-        and isinstance(error.args[:1] and error.args[0], urllib3.exceptions.ReadTimeoutError)
-    ):
+    if _is_time_out(error):
         return StreamTimeout("no byte came for the read time-out")
     return StreamInterrupted(f"the connection was lost in the middle of the answer ({error})")
+
+
+def _is_time_out(error: BaseException, end: BaseException | None = None) -> bool:
+    """Whether a limit of a socket has passed; where the system gives a connection up that is a TimeoutError, too"""
+    chain = _chain(error, end)
+    if any(getattr(link, "errno", None) == errno.ETIMEDOUT for link in chain):
+        return False
+    kinds = (socket.timeout, requests.Timeout, urllib3.exceptions.ReadTimeoutError)
+    # requests wraps a time-out inside the body as ConnectionError(ReadTimeoutError)
+    return any(isinstance(said, kinds) for link in chain for said in (link, *link.args[:1]))
 
 
 def _until_failure(blocks: Iterable[_T], failure: list[SheepError]) -> Iterator[_T]:
@@ -1051,7 +1174,7 @@ class SSEDecoder:
         self._data: bytearray | None = None  # of the event that is not ended yet, None where it has none
         self._size = 0  # of its data lines, names and all
         self._event = b""
-        self._id = last_event_id.encode("utf-8")
+        self._id, self._decoded_id = last_event_id.encode("utf-8"), last_event_id
         self._event_retry: int | None = None
         self._events: list[ServerSentEvent] = []  # that the present block completes
 
@@ -1115,11 +1238,15 @@ class SSEDecoder:
             self._event = value
         elif field == b"id":
             if b"\0" not in value:
-                self._id = value
+                self._set_id(value)
         elif field == b"retry" and value.isdigit():  # bytes.isdigit knows ASCII digits only
             self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits are for ever too
         else:
             self._unknown(line)
+
+    def _set_id(self, value: bytes) -> None:
+        if value != self._id:
+            self._id, self._decoded_id = value, _decode(value)  # once, for all events that it stays in force for
 
     def _unknown(self, line: bytes) -> None:
         """A line that is no field: it means nothing"""
@@ -1127,7 +1254,7 @@ class SSEDecoder:
     def _blank_line(self) -> None:
         self._first_line = False
         # an id takes effect also where its block has no data
-        self.last_event_id = _decode(self._id)
+        self.last_event_id = self._decoded_id
         if self._data is not None:
             event = _decode(self._event) or "message"
             self._events.append(ServerSentEvent(event, _decode(self._data), self.last_event_id, self._event_retry))
@@ -1306,6 +1433,11 @@ class _AnswerDecoder(SSEDecoder):
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
         super().__init__(max_event_size)
         self._bare: _JSONDecoder | None = None  # an object that began without a field
+
+    def _set_id(self, value: bytes) -> None:
+        if len(value) > _MAX_ID_SIZE:  # each event would carry it, and each reconnection send it
+            raise InvalidStreamError(f"the id of an event is longer than {_MAX_ID_SIZE} bytes")
+        super()._set_id(value)
 
     def _unknown(self, line: bytes) -> None:
         field, value = _split_line(line)
@@ -4031,6 +4163,20 @@ def _part(share: Decimal, input_tokens: int, output_tokens: int, price: Price | 
 # ============================================================================================================
 
 
+#: what has something of its process: locks that a thread may hold as it forks, connections, slots and turns
+_of_process: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _forget_parent() -> None:
+    """In a forked process: shared connections would mix answers, and nobody would ever give back a lock or a slot"""
+    for each in list(_of_process):
+        each._begin_process()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
+
+
 def _is_hopeless(error: object) -> bool:
     """Whether a failed connection will fail again: for a certificate, or a file of certificates that is not there"""
     return re.search("certificate|hostname .* doesn't match", str(error), re.IGNORECASE) is not None
@@ -4231,9 +4377,13 @@ class TokenBucket:
             raise ValueError(f"a TokenBucket has a rate and a capacity above 0, got {rate!r} and {capacity!r}")
         self.rate, self.capacity = rate, capacity
         self._clock, self._sleep = clock, sleep
-        self._lock = threading.Lock()
         self._tokens: float = capacity
         self._filled_at = clock()
+        self._begin_process()
+        _of_process.add(self)
+
+    def _begin_process(self) -> None:
+        self._lock = threading.Lock()
         self._queue: dict[object, float] = {}  # what each waits for, in order of arrival
 
     def try_acquire(self, n: float = 1) -> bool:
@@ -4288,6 +4438,10 @@ class TokenBucket:
             yield n
 
 
+#: seconds for which an answer may hold requests back, where no Retry says how long
+_LONGEST_HOLD = 120.0
+
+
 class LimiterStats(NamedTuple):
     """What became of those who asked a Limiter for a slot: each counts as one of these"""
 
@@ -4313,6 +4467,7 @@ class Slot:
     def __init__(self, limiter: Limiter, user: Any, since: float) -> None:
         self._held = [(user, since)]
         self._limiter = limiter
+        self._process = os.getpid()
 
     def release(self) -> None:
         """Gives it back; from any thread, and again"""
@@ -4320,7 +4475,8 @@ class Slot:
             held = self._held.pop()  # one alone gets it
         except IndexError:
             return
-        self._limiter._take_back(*held)
+        if self._process == os.getpid():  # a fork holds none of its parent's
+            self._limiter._take_back(*held)
 
     def __enter__(self) -> Slot:
         return self
@@ -4342,9 +4498,10 @@ class _Waiter:
         number: int,
         bell: threading.Event,
         on_position: Callable[[int], object] | None,
+        origin: str,
     ) -> None:
         self.order = (-priority, number)
-        self.user, self.bell, self.on_position = user, bell, on_position
+        self.user, self.bell, self.on_position, self.origin = user, bell, on_position, origin
         self.slot: Slot | None = None
 
     def __lt__(self, other: _Waiter) -> bool:
@@ -4360,7 +4517,7 @@ class Limiter:
     Up to ``max_queue`` others wait, for ``queue_timeout`` seconds at most (None is for ever): the highest priority
     first, equals in order of arrival. No more than ``rate`` begin in any ``period`` seconds. As ``limiter=`` of a
     Client or a call it gives each stream a slot, from before the first request until the stream is at its end,
-    whatever that is; what the provider says of its limits makes all of them wait. ``clock`` gives seconds and must
+    whatever that is; what a provider says of its limits makes the requests to it wait. ``clock`` gives seconds and must
     never go back; ``sleep`` waits for some, if it is given; else those who wait are woken.
     """
 
@@ -4383,15 +4540,20 @@ class Limiter:
         self.max_concurrent, self.max_queue, self.max_per_user = max_concurrent, max_queue, max_per_user
         self.rate, self.period, self.queue_timeout = rate, period, queue_timeout
         self._clock, self._sleep = clock, sleep
+        self._starts: collections.deque[float] = collections.deque(maxlen=rate)
+        self._held_until: dict[str, float] = {}  # for each provider, by what it says of its limits
+        self._number = self._served = self._rejected = self._timed_out = self._cancelled = 0
+        self._holding = 0.0  # seconds for which a slot is held, of late
+        self._begin_process()
+        _of_process.add(self)
+
+    def _begin_process(self) -> None:
         self._lock = threading.Lock()
         self._queue: list[_Waiter] = []  # the next one first
         # slots given back, also in the midst of a collection: by whom, and for how long they were held
         self._returned: collections.deque[tuple[Any, float]] = collections.deque()
+        self._active = 0
         self._users: dict[Any, int] = {}  # how many slots each holds
-        self._starts: collections.deque[float] = collections.deque(maxlen=rate)
-        self._held_until = clock()  # by what the provider says
-        self._number = self._active = self._served = self._rejected = self._timed_out = self._cancelled = 0
-        self._holding = 0.0  # seconds for which a slot is held, of late
 
     def acquire(
         self, priority: float = 0, user: Any = None, *, on_position: Callable[[int], object] | None = None
@@ -4423,8 +4585,10 @@ class Limiter:
                 position=None if user is None or not places else places[0],
             )
 
-    def heed(self, headers: Mapping[str, str], status: int = 200) -> None:
-        """Holds all back for as long as an answer asks to
+    def heed(
+        self, headers: Mapping[str, str], status: int = 200, *, origin: str = "", longest: float = _LONGEST_HOLD
+    ) -> None:
+        """Holds requests to ``origin`` back for as long as its answer asks to, at most ``longest`` seconds
 
         That is ``Retry-After`` and ``retry-after-ms`` of a 429 or 503, and the time of reset of ``x-ratelimit-*`` and
         ``anthropic-ratelimit-*`` where nothing remains:
@@ -4433,7 +4597,11 @@ class Limiter:
         headers = requests.structures.CaseInsensitiveDict(headers)
         delay = max(_until_reset(headers), (_retry_after(headers) or 0.0) if status in (429, 503) else 0.0)
         with self._settled():
-            self._held_until = max(self._held_until, self._clock() + min(delay, _LONGEST_HOLD))
+            now = self._clock()
+            held = {each: until for each, until in self._held_until.items() if until > now}
+            if delay:
+                held[origin] = max(held.get(origin, now), now + min(delay, longest))
+            self._held_until = held
 
     def _acquire(
         self,
@@ -4443,12 +4611,13 @@ class Limiter:
         timeout: float | None = None,
         bell: threading.Event | None = None,
         check: Callable[[], object] = bool,
+        origin: str = "",
     ) -> Slot:
         """``bell`` wakes the one who waits, and ``check()`` then raises if the wait is in vain"""
         hash(user)  # what cannot be one is refused here, not where others wait
         limits = [limit for limit in (timeout, self.queue_timeout) if limit is not None]
         until = self._clock() + min(limits) if limits else None
-        waiter = self._entered(priority, user, bell or threading.Event(), on_position)
+        waiter = self._entered(priority, user, bell or threading.Event(), on_position, origin)
         try:
             place = 0
             while waiter.slot is None:
@@ -4465,12 +4634,17 @@ class Limiter:
             raise
 
     def _entered(
-        self, priority: float, user: Any, bell: threading.Event, on_position: Callable[[int], object] | None
+        self,
+        priority: float,
+        user: Any,
+        bell: threading.Event,
+        on_position: Callable[[int], object] | None,
+        origin: str,
     ) -> _Waiter:
         """One who waits, or has a slot already; QueueFullError where there is no room to wait"""
         with self._settled():
             self._number += 1
-            waiter = _Waiter(priority, user, self._number, bell, on_position)
+            waiter = _Waiter(priority, user, self._number, bell, on_position, origin)
             bisect.insort(self._queue, waiter)
             self._grant()
             if waiter.slot is None and len(self._queue) > self.max_queue:
@@ -4478,7 +4652,7 @@ class Limiter:
                 self._rejected += 1
                 raise QueueFullError(
                     f"the queue is full: {self._active} streams are active and {len(self._queue)} wait",
-                    retry_after=self._guess(len(self._queue) + 1),
+                    retry_after=self._guess(waiter, len(self._queue) + 1),
                 )
             self._ring()
             return waiter
@@ -4503,10 +4677,12 @@ class Limiter:
                 self._timed_out += 1
                 self._ring()
                 raise QueueTimeoutError(
-                    f"waited too long for a slot, at place {place} of the queue", retry_after=self._guess(place)
+                    f"waited too long for a slot, at place {place} of the queue",
+                    retry_after=self._guess(waiter, place),
                 )
-            if self._active < self.max_concurrent and waiter is self._next():
-                pauses.append(max(self._delay(now), TokenBucket._LEAST))
+            held = self._hold(waiter, now)
+            if held or (self._active < self.max_concurrent and waiter is self._next()):
+                pauses.append(max(held or self._delay(now), TokenBucket._LEAST))
         pause = min(pauses, default=None)
         if self._sleep is not None and pause is not None:
             self._sleep(pause)
@@ -4579,23 +4755,31 @@ class Limiter:
         return len(self._queue) < number
 
     def _next(self) -> _Waiter | None:
-        """Whose turn it is: the first whose user may have one more"""
-        limit = self.max_per_user
+        """Whose turn it is: the first whose user may have one more, and whose provider is not held back"""
+        limit, now = self.max_per_user, self._clock()
         return next(
-            (waiter for waiter in self._queue if limit is None or self._users.get(waiter.user, 0) < limit), None
+            (
+                waiter
+                for waiter in self._queue
+                if (limit is None or self._users.get(waiter.user, 0) < limit) and not self._hold(waiter, now)
+            ),
+            None,
         )
+
+    def _hold(self, waiter: _Waiter, now: float) -> float:
+        """Seconds for which its provider has asked to wait"""
+        return max(0.0, self._held_until.get(waiter.origin, now) - now)
 
     def _delay(self, now: float) -> float:
         """Seconds until one more may begin, where there is a slot"""
-        pauses = [self._held_until - now]
-        if self.rate is not None and len(self._starts) == self.rate:
-            pauses.append(self._starts[0] + self.period - now)
-        return max(0.0, *pauses)
+        if self.rate is None or len(self._starts) < self.rate:
+            return 0.0
+        return max(0.0, self._starts[0] + self.period - now)
 
-    def _guess(self, place: int) -> float:
+    def _guess(self, waiter: _Waiter, place: int) -> float:
         """Seconds until the one at this place may have a slot, by how long they were held of late"""
-        held = self._holding if self._served else 1.0
-        return max(self._delay(self._clock()), held * place / self.max_concurrent)
+        held, now = self._holding if self._served else 1.0, self._clock()
+        return max(self._hold(waiter, now), self._delay(now), held * place / self.max_concurrent)
 
     def _ring(self) -> None:
         """Wakes those who have to look again: whose turn may come by time alone, and who wants to know the place"""
@@ -4621,17 +4805,17 @@ class _BoundLimiter(NamedTuple):
         user = self.user if user is None else user
         return self.limiter.acquire(priority, user, on_position=on_position or self.on_position)
 
-    def heed(self, headers: Mapping[str, str], status: int = 200) -> None:
+    def heed(
+        self, headers: Mapping[str, str], status: int = 200, *, origin: str = "", longest: float = _LONGEST_HOLD
+    ) -> None:
         """As of the Limiter"""
-        self.limiter.heed(headers, status)
+        self.limiter.heed(headers, status, origin=origin, longest=longest)
 
     def stats(self) -> LimiterStats:
         """The numbers of this user"""
         return self.limiter.stats(self.user)
 
 
-#: seconds for which an answer may hold all back: one that asks for more is broken
-_LONGEST_HOLD = 24 * 3600.0
 #: what providers call that which is limited, before -remaining- or -reset-
 _LIMITED = ("requests", "tokens", "input-tokens", "output-tokens")
 
@@ -4688,11 +4872,16 @@ class CircuitBreaker:
             raise ValueError("a CircuitBreaker opens after 1 failure or more, for 0 seconds or more")
         self.failure_threshold, self.recovery_timeout = failure_threshold, recovery_timeout
         self._clock = clock
-        self._lock = threading.RLock()  # a collection may end a passage in the midst of anything
         self._failures = 0
         self._opened_at: float | None = None
-        self._trying = False
         self._round = 0  # what began before the last change of state says nothing about the present one
+        self._begin_process()
+        _of_process.add(self)
+
+    def _begin_process(self) -> None:
+        self._lock = threading.RLock()  # a collection may end a passage in the midst of anything
+        self._trying = False
+        self._round += 1
 
     @property
     def state(self) -> str:
@@ -4803,15 +4992,17 @@ class _Wire:
         #: the moments (time.monotonic) at which the call, and the wait for its next chunk, must be over
         self.deadline = None if deadline is None else time.monotonic() + deadline
         self.due: float | None = None
+        self._due_seconds: float | None = None
         self._due_reason = ""
         self._lock = threading.RLock()  # a signal handler may cancel, in the thread that holds it
+        self._process = os.getpid()
         self._socket: socket.socket | None = None
         self.wake = threading.Event()  # set when it is ended
 
     def expect(self, seconds: float | None, reason: str) -> None:
         """From now on the next chunk must come within so many seconds"""
         self.due = None if seconds is None else time.monotonic() + seconds
-        self._due_reason = reason
+        self._due_seconds, self._due_reason = seconds, reason
 
     @contextlib.contextmanager
     def connecting(self) -> Iterator[None]:
@@ -4841,12 +5032,18 @@ class _Wire:
         """
         with self._lock:  # a socket given back to the pool may be another's already
             self.ended = self.ended or why
-            if self._socket is not None:
-                # OSError: not connected any more. Not SSLSocket's own shutdown: it would let the reader take
-                # ciphertext for text. What is no socket itself (TLS inside TLS, pyOpenSSL) has one
-                with contextlib.suppress(OSError):
-                    socket.socket.shutdown(getattr(self._socket, "socket", self._socket), socket.SHUT_RDWR)
+            if self._socket is not None and self.is_own:
+                _shut_down(self._socket)
         self.wake.set()
+
+    def begin_process(self) -> None:
+        """It belongs to this process, also where another made it"""
+        self._process = os.getpid()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this is the process that made it, and no fork: a fork shares the socket"""
+        return self._process == os.getpid()
 
     def check(self) -> None:
         """Raises what http.client and urllib3 take for an end of the connection, when there must be one"""
@@ -4861,6 +5058,22 @@ class _Wire:
         if self.ended or left == self._LEAST:
             self.check()
         sock.settimeout(left)
+
+    def before_send(self, sock: socket.socket) -> None:
+        """The same for a send, whose time does not count for the first chunk"""
+        due, self.due = self.due, None
+        try:
+            self.before_recv(sock)
+        finally:
+            self.due = due
+
+    def sent(self) -> None:
+        """All is sent: from now on the first chunk is waited for"""
+        self.expect(self._due_seconds, self._due_reason)
+
+    def seconds_to_connect(self) -> float | None:
+        limits = [self.connect_timeout, None if self.deadline is None else self.deadline - time.monotonic()]
+        return min((max(limit, self._LEAST) for limit in limits if limit is not None), default=None)
 
     def seconds_left(self) -> float | None:
         left, now = self._read_timeout, time.monotonic()
@@ -4885,6 +5098,10 @@ class _Wire:
 
 #: the wire of the call that this thread is sending; urllib3 gives no other way to say it to a connection
 _sending = threading.local()
+
+
+def _wire_of_thread() -> _Wire | None:
+    return getattr(_sending, "wire", None)
 
 
 class _WireReader(io.RawIOBase):
@@ -4924,31 +5141,126 @@ class _WireResponse(_HTTPResponse):
     """http.client's response, read within the limits of the wire whose request it answers"""
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
-        wire = getattr(_sending, "wire", None)
+        wire = _wire_of_thread()
         source: Any = sock if wire is None else _WireSocket(sock, wire)
         super().__init__(source, *args, **options)
 
+    def _read_status(self) -> tuple[str, int, str]:
+        """The status of the answer: http.client takes 102 and 103, which come before it, for the answer itself"""
+        version, status, reason = super()._read_status()  # type: ignore[misc]  # left out by its stubs
+        while 101 < status < 200:
+            parse_headers(self.fp)
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+        return version, status, reason
+
 
 class _WireConnection:
-    """A connection that tells the wire of the request it sends which socket that is"""
+    """A connection that is made, written and read within the limits of the wire whose request it sends"""
 
     response_class = _WireResponse
     sock: Any
 
     def connect(self) -> None:
-        wire = getattr(_sending, "wire", None)
+        wire = _wire_of_thread()
         with contextlib.nullcontext() if wire is None else wire.connecting():
             super().connect()  # type: ignore[misc]
         self._tell()  # not before: urllib3 before 2.3 loses a socket that is shut down before its TLS handshake
+
+    def _new_conn(self) -> socket.socket:
+        wire = _wire_of_thread()
+        if wire is None:
+            made: socket.socket = super()._new_conn()  # type: ignore[misc]
+            return made
+        try:
+            return _connected(self, wire)
+        except socket.timeout as error:
+            raise urllib3.exceptions.ConnectTimeoutError(self, f"no connection in time ({error})") from error
+        except OSError as error:
+            raise urllib3.exceptions.NewConnectionError(self, str(error)) from error  # type: ignore[arg-type]
 
     def putrequest(self, *args: Any, **options: Any) -> Any:
         self._tell()
         return super().putrequest(*args, **options)  # type: ignore[misc]
 
+    def send(self, data: Any) -> None:
+        """Sends bytes by and by: sendall() would count all of them against one time-out"""
+        wire = _wire_of_thread()
+        if wire is None or not hasattr(self.sock, "send") or not isinstance(data, bytes):
+            super().send(data)  # type: ignore[misc]
+            return
+        left = memoryview(data)
+        while left:
+            wire.before_send(self.sock)
+            left = left[self.sock.send(left[:_SEND_BYTES]) :]
+
+    def getresponse(self, *args: Any, **options: Any) -> Any:
+        wire = _wire_of_thread()
+        if wire is not None:
+            wire.sent()
+        return super().getresponse(*args, **options)  # type: ignore[misc]
+
     def _tell(self) -> None:
-        wire = getattr(_sending, "wire", None)
+        wire = _wire_of_thread()
         if wire is not None and self.sock is not None:
             wire.attach(self.sock)
+
+
+#: bytes that are given to a socket at a time
+_SEND_BYTES = 16384
+#: what finds out in some minutes that the other side has gone, as Anthropic's SDK has it
+_KEEP_ALIVE = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 60), ("TCP_KEEPCNT", 5))
+_SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # as urllib3 has it
+    *(
+        (socket.SOL_SOCKET if name == "SO_KEEPALIVE" else socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in _KEEP_ALIVE
+        if hasattr(socket, name)
+    ),
+]
+
+
+def _connected(connection: Any, wire: _Wire) -> socket.socket:
+    """A socket to the first address of a host that takes one, within one time limit for all of them"""
+    host, port = connection._dns_host, connection.port
+    until = time.monotonic() + (wire.seconds_to_connect() or threading.TIMEOUT_MAX)
+    failure: OSError = OSError(f"no address for {host}")
+    addresses = socket.getaddrinfo(host.strip("[]"), port, 0, socket.SOCK_STREAM)
+    for position, (family, kind, protocol, _, address) in enumerate(addresses):
+        # an address that swallows packets leaves time for the others
+        left = (until - time.monotonic()) / (len(addresses) - position)
+        sock = socket.socket(family, kind, protocol)
+        try:
+            for option in _SOCKET_OPTIONS:
+                sock.setsockopt(*option)
+            sock.settimeout(max(left, wire._LEAST))
+            if connection.source_address:
+                sock.bind(connection.source_address)
+            sock.connect(address)
+            return sock
+        except BaseException as error:
+            sock.close()
+            if not isinstance(error, OSError):
+                raise
+            _raise_callers_own(error)
+            wire.check()
+            failure = error
+    raise failure
+
+
+class _Pool(HTTPConnectionPool):
+    """Makes connections of ours, unless a tool that intercepts requests (vcrpy) has put its own in their place"""
+
+    @property
+    def ConnectionCls(self) -> Any:  # type: ignore[override]
+        usual = HTTPConnectionPool.ConnectionCls
+        return _WireHTTPConnection if usual is HTTPConnection else usual
+
+
+class _TLSPool(HTTPSConnectionPool):
+    @property
+    def ConnectionCls(self) -> Any:  # type: ignore[override]
+        usual = HTTPSConnectionPool.ConnectionCls
+        return _WireHTTPSConnection if usual is HTTPSConnection else usual
 
 
 class _WireHTTPConnection(_WireConnection, HTTPConnection):  # type: ignore[misc]  # typed for urllib3's own only
@@ -4959,12 +5271,8 @@ class _WireHTTPSConnection(_WireConnection, HTTPSConnection):  # type: ignore[mi
     pass
 
 
-class _HTTPPool(HTTPConnectionPool):
-    ConnectionCls = _WireHTTPConnection
-
-
-class _HTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _WireHTTPSConnection
+#: False where urllib3-future, which niquests brings, has taken urllib3's place: a wire reaches its reads alone
+_IS_URLLIB3 = issubclass(HTTPConnection, _HTTPConnection)
 
 
 class _WireAdapter(HTTPAdapter):
@@ -4972,11 +5280,12 @@ class _WireAdapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        if _IS_URLLIB3:
+            self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
 
     def close(self) -> None:
         """Closes the idle connections: urllib3 2 would wait for the last response that refers to their pool"""
-        for manager in (self.poolmanager, *self.proxy_manager.values()):
+        for manager in (self.poolmanager, *self.proxy_manager.values()) if _IS_URLLIB3 else ():
             keys = manager.pools.keys()  # the container itself cannot be iterated
             for key in keys:
                 pool = manager.pools.get(key)
@@ -4986,8 +5295,8 @@ class _WireAdapter(HTTPAdapter):
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
         manager = super().proxy_manager_for(proxy, **options)
-        if not proxy.lower().startswith("socks"):  # PySocks needs the pools of its own
-            manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        if _IS_URLLIB3 and not proxy.lower().startswith("socks"):  # PySocks needs the pools of its own
+            manager.pool_classes_by_scheme = {"http": _Pool, "https": _TLSPool}
         return manager
 
 
@@ -5015,16 +5324,19 @@ class _StayingSession(_Session):
         form for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for form in (name, name.upper())
     ) + ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "REQUEST_METHOD")
 
-    def __init__(self) -> None:
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        """``given`` is what is not to be looked for in the environment: ``proxies``, ``verify``, ``cert``"""
         super().__init__()
+        self._given = given
         self._found: dict[tuple[str, str], tuple[list[str | None], Any]] = {}
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))  # those of one call are not for the next
 
     def merge_environment_settings(self, url: Any, *settings: Any) -> Any:
         host, environment = urlsplit(url)[:2], list(map(os.environ.get, self._VARIABLES))
         found = self._found.get(host)
         if found is None or found[0] != environment:
             found = self._found[host] = environment, super().merge_environment_settings(url, *settings)
-        return {**found[1]}
+        return {**found[1], **self._given}
 
     def prepare_request(self, request: Any) -> requests.PreparedRequest:
         headers = requests.structures.CaseInsensitiveDict(self.headers)
@@ -5044,8 +5356,7 @@ class _StayingSession(_Session):
         return None
 
 
-def _mounted(adapter: HTTPAdapter, kind: type[_Session] = _Session) -> requests.Session:
-    made = kind()
+def _mounted(adapter: HTTPAdapter, made: requests.Session) -> requests.Session:
     made.mount("https://", adapter)
     made.mount("http://", adapter)
     return made
@@ -5058,7 +5369,7 @@ def session(retry: Retry | None = None, pool_size: int = 10) -> requests.Session
     is, and a failed connection raises requests' own errors. Keeps up to ``pool_size`` connections to a host.
     """
     policy = Retry() if retry is None else retry
-    return _mounted(HTTPAdapter(max_retries=policy, pool_connections=pool_size, pool_maxsize=pool_size))
+    return _mounted(HTTPAdapter(max_retries=policy, pool_connections=pool_size, pool_maxsize=pool_size), _Session())
 
 
 class _KeyAuth(AuthBase):
@@ -5077,15 +5388,28 @@ def _send(
 ) -> requests.Response:
     """Sends one request, within the limits of the wire; SheepError where no answer comes"""
     where = _public_url(url)
+    if not isinstance(_sending, threading.local):  # requests of several greenlets would be taken for one another
+        raise RuntimeError("gevent or eventlet patched threads after sheepsse was imported: patch first, then import")
     handled = sys.exc_info()[1]  # what the caller is handling already is no cause of what fails here
     limits = [limit for limit in (connect_timeout, wire.seconds_left()) if limit is not None]
     timeout = (min(limits, default=None), wire.seconds_left())
     _sending.wire, wire.connect_timeout = wire, connect_timeout
     try:
         wire.check()
-        return via.request(method, url, stream=True, timeout=timeout, **options)
+        response = via.request(method, url, stream=True, timeout=timeout, **options)
+        if not (hasattr(response, "iter_content") and hasattr(response, "raw")):
+            raise TypeError(f"a response without iter_content and raw: {type(response).__name__}")
+        return response
+    except TypeError as error:
+        _raise_callers_own(error, handled)
+        if isinstance(via, requests.Session):
+            raise
+        raise TypeError(
+            f"session= is not shaped like a requests.Session, whose request() takes stream, timeout, headers, auth and "
+            f"allow_redirects, and whose responses have iter_content and raw: {type(via).__module__}: {error}"
+        ) from error
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-        raise _connect_error(error, where, handled) from error
+        raise _connect_error(error, where, _proxy_of(via, url, options), handled) from error
     finally:
         _sending.wire = None
 
@@ -5111,16 +5435,33 @@ _UNSENDABLE = (
 )
 
 
-def _connect_error(error: Exception, where: str, handled: BaseException | None) -> SheepError:
+def _proxy_of(via: Any, url: str, options: Mapping[str, Any]) -> str:
+    """The proxy that a request goes through, as it may be shown; "" where there is none, or that cannot be seen"""
+    try:
+        given = [options.get(name) for name in ("proxies", "stream", "verify", "cert")]
+        proxies = via.merge_environment_settings(url, given[0] or {}, *given[1:])["proxies"]
+        proxy = requests.utils.select_proxy(url, proxies) or ""
+    except (AttributeError, ValueError):  # another library's session; an address that is none
+        return ""
+    scheme, _, rest = proxy.rpartition("://")
+    return f"{scheme or 'http'}://{rest.rpartition('@')[2]}" if proxy else ""
+
+
+def _connect_error(error: Exception, where: str, proxy: str, handled: BaseException | None) -> SheepError:
     """What a failure to get an answer means"""
+    _raise_callers_own(error, handled)
+    where += proxy and f" through the proxy {proxy}"
     if isinstance(error, _UNSENDABLE):
         return InvalidRequestError(f"the request to {where} cannot be sent: {error}")
-    if isinstance(error, requests.ReadTimeout):
+    if _is_time_out(error, handled) and not isinstance(error, requests.ConnectTimeout):
         return StreamTimeout(f"no answer from {where} for the read time-out")
     # what requests and urllib3's retrying wrap around the cause repeats the URL, and says no more
     wrappers = (requests.RequestException, urllib3.exceptions.MaxRetryError)
     causes = [link for link in _chain(error, handled) if not isinstance(link, wrappers)] or [error]
     named = [cause for cause in causes if isinstance(cause, (OSError, HTTPException))] or causes
+    refused = re.search("Tunnel connection failed: (4[0-9]{2})", str(named[-1]))
+    if refused:
+        return InvalidRequestError(f"no connection to {where}: {named[-1]}", status=int(refused.group(1)))
     failure = ConnectError(f"no connection to {where}: {named[-1]}")
     failure.retryable = not any(map(_is_hopeless, causes))
     return failure
@@ -5213,7 +5554,7 @@ def iter_sse(
     """
     source = _EventSource(method, url, last_event_id, max_event_size)
     policy = Retry() if retry is None else retry
-    via = _mounted(_WireAdapter(max_retries=0)) if session is None else session
+    via = _mounted(_WireAdapter(max_retries=0), _Session()) if session is None else session
     secrets = _Secrets(headers or {}, url)
     failures = 0
     try:
@@ -5996,6 +6337,8 @@ def _resumed(
 # 10. Checkpoints: an append-only journal of chunks that survives a kill. May use: Values and above
 # ============================================================================================================
 
+#: how an answer was made whole, the weakest way last
+_CONTINUITIES = ("single", "replayed", "verified", "restarted", "continued")
 #: of the journals' format; one of another version is left alone
 _JOURNAL_VERSION = 1
 #: what each journal begins with; the version follows
@@ -6054,10 +6397,14 @@ def _changed_fields(value: Any) -> dict[str, Any]:
 
 
 def _chunk_of_fields(fields: dict[str, Any]) -> Chunk:
-    if "tool_calls" in fields:
-        fields["tool_calls"] = tuple(ToolCall(**call) for call in fields["tool_calls"])
+    """A chunk of what a line says; an error where the line says something else, whoever wrote it"""
+    _check_types(fields, _CHUNK_TYPES)
+    for call in fields.get("tool_calls", ()):
+        _check_types(call, _CALL_TYPES)
+    fields["tool_calls"] = tuple(ToolCall(**call) for call in fields.get("tool_calls", ()))
     if "usage" in fields:
         usage = fields["usage"]
+        _check_types(usage, _USAGE_TYPES)
         if "cost" in usage:
             from decimal import Decimal  # heavy, and few answers carry a cost
 
@@ -6108,6 +6455,8 @@ def _saved_in(data: bytes, path: str) -> _Saved:
     notes = [fields["continuity"] for fields in lines_between if isinstance(fields, dict) and "continuity" in fields]
     try:
         chunks = [_chunk_of_fields(fields) for fields in lines_between if "continuity" not in fields]
+        if not (isinstance(contents[0], dict) and set(notes) <= set(_CONTINUITIES)):
+            raise ValueError("it was not written by sheepsse")
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         raise _damaged(path, f"a line is no chunk: {error}") from error
     return _Saved(contents[0], chunks, notes[-1] if notes else "single", complete, size, checksum)
@@ -6144,11 +6493,12 @@ def _damaged(path: str, how: str) -> CheckpointError:
 
 def _failed(path: str, what: str, error: Exception) -> CheckpointError:
     """The error for what the operating system refused, in its own words"""
+    _raise_callers_own(error)
     reason = getattr(error, "strerror", None) or error
     return CheckpointError(f"{path} cannot be {what}: {reason}; mend that and try again, for what it holds is kept")
 
 
-def _opened(path: str, flags: int) -> io.FileIO | None:
+def _opened(path: str, flags: int, shared: bool = False) -> io.FileIO | None:
     """The regular file at a path, for its owner alone where it is made; None where there is none"""
     import stat
 
@@ -6164,10 +6514,27 @@ def _opened(path: str, flags: int) -> io.FileIO | None:
         if isinstance(error, OSError) and os.path.islink(path):
             raise _not_regular(path) from error
         raise _failed(path, "opened", error) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_regular(path)
+        _check_owner(status, path, shared)
+    except CheckpointError:
         os.close(descriptor)
-        raise _not_regular(path)
+        raise
     return io.FileIO(descriptor, "r" if flags == os.O_RDONLY else "r+")
+
+
+def _check_owner(status: os.stat_result, path: str, shared: bool) -> None:
+    """CheckpointError for what another user may have put there: it would be taken for a model's answer"""
+    if not hasattr(os, "geteuid"):  # Windows has other rights
+        return
+    if status.st_uid not in (0, os.geteuid()):
+        raise CheckpointError(f"{path} belongs to another user, and was left as it is: choose another place")
+    if status.st_mode & (0o002 if shared else 0o022):
+        who = "anybody" if status.st_mode & 0o002 else "its group"
+        advice = "" if status.st_mode & 0o002 else ", or pass Checkpoints(dir, shared=True) if the group is trusted"
+        raise CheckpointError(f"{path} may be written by {who}, and was left as it is: chmod go-w{advice}")
 
 
 def _not_regular(path: str) -> CheckpointError:
@@ -6200,12 +6567,10 @@ def _unlock(file: io.FileIO) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _locked(path: str, flags: int) -> io.FileIO | None:
+def _locked(path: str, flags: int, shared: bool = False) -> io.FileIO | None:
     """The file at a path, opened and locked; None where there is none, CheckpointError where another has the lock"""
-    import errno
-
     while True:
-        file = _opened(path, flags)
+        file = _opened(path, flags, shared)
         if file is None:
             return None
         try:
@@ -6233,9 +6598,9 @@ def _read_whole(file: io.FileIO, path: str) -> bytes:
         raise _failed(path, "read", error) from error
 
 
-def _saved_at(path: str) -> _Saved:
+def _saved_at(path: str, shared: bool = False) -> _Saved:
     """What the journal at a path holds, without a lock: nothing where there is none"""
-    file = _opened(path, os.O_RDONLY)
+    file = _opened(path, os.O_RDONLY, shared)
     if file is None:
         return _Saved()
     with file:
@@ -6248,6 +6613,16 @@ def _make_folder(path: str) -> None:
         os.makedirs(folder, 0o700, exist_ok=True)
     except (OSError, ValueError) as error:
         raise _failed(folder, "made", error) from error
+
+
+def _checked_folder(folder: str, shared: bool = False) -> str:
+    """The same folder; CheckpointError where others may write to it. One that is not there yet will be ours alone"""
+    try:
+        status = os.stat(folder or ".")
+    except (OSError, ValueError):  # whoever uses it finds out
+        return folder
+    _check_owner(status, folder, shared)
+    return folder
 
 
 def _write_new(path: str, data: bytes) -> None:
@@ -6352,7 +6727,15 @@ class _Journal(_Lines):
         self.complete = saved.complete
 
     @classmethod
-    def open(cls, path: str, refresh: bool = False, *, name: str | None = None, request: str | None = None) -> _Journal:
+    def open(
+        cls,
+        path: str,
+        refresh: bool = False,
+        *,
+        name: str | None = None,
+        request: str | None = None,
+        shared: bool = False,
+    ) -> _Journal:
         """Opens a journal to go on with it; CheckpointError at once where another has it open
 
         ``refresh`` leaves out what was saved: that is given up when there is something newer, at the first append.
@@ -6361,11 +6744,11 @@ class _Journal(_Lines):
         header = {key: value for key, value in (("name", name), ("request", request)) if value is not None}
         _make_folder(path)
         if not refresh:
-            saved = _saved_if_complete(path)
+            saved = _saved_if_complete(path, shared)
             if saved is not None:
                 _check_header(saved, header, path)
                 return cls(path, header, saved, None)
-        file = _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        file = _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, shared)
         assert file is not None  # for it is made where there is none
         try:
             data = _read_whole(file, path)
@@ -6423,10 +6806,10 @@ class _Journal(_Lines):
             self.close()
 
 
-def _saved_if_complete(path: str) -> _Saved | None:
+def _saved_if_complete(path: str, shared: bool = False) -> _Saved | None:
     """What a complete journal holds, by reading alone, so that many may and a read-only folder will do; else None"""
     try:
-        saved = _saved_at(path)
+        saved = _saved_at(path, shared)
     except CheckpointError:  # under the lock it is found out whether it is damaged, or was just being cut
         return None
     return saved if saved.complete else None
@@ -6470,6 +6853,7 @@ _NOT_ASKED = frozenset(
         "headers",
         "idle_timeout",
         "limiter",
+        "max_answer_size",
         "max_event_size",
         "on_retry",
         "prices",
@@ -6488,13 +6872,16 @@ class Checkpoints:
 
     ``max_age`` is the seconds after its last change that ``expire()`` leaves a checkpoint; nothing else removes
     one by its age. A name may be any str: it is kept in the file, and the file's own name is made of its hash.
+    A folder or a file that another user than root owns, or that others may write, is a CheckpointError; with
+    ``shared`` the group may.
     Iteration gives the names. May be shared between threads; each checkpoint has one writer at a time.
     CheckpointError where the operating system refuses, or a file is damaged.
     """
 
-    def __init__(self, dir: str | os.PathLike[str], max_age: float | None = None) -> None:
+    def __init__(self, dir: str | os.PathLike[str], max_age: float | None = None, shared: bool = False) -> None:
         self._folder = os.fsdecode(dir)
         self._max_age = max_age
+        self._shared = shared
 
     def __repr__(self) -> str:
         return f"Checkpoints({self._folder!r}, max_age={self._max_age!r})"
@@ -6510,13 +6897,13 @@ class Checkpoints:
 
     def save(self, name: str, text: str) -> None:
         """Keeps a text as a complete answer, in the place of what there was: all of it or, when killed, nothing"""
-        with _Journal.open(self._path(name), refresh=True, name=name) as journal:
+        with _Journal.open(self._path(name), refresh=True, name=name, shared=self._shared) as journal:
             journal.replace([Chunk(text=text)])
 
     def load(self, name: str) -> Completion | None:
         """What was saved, ``complete`` or as far as it came; None where there is no checkpoint"""
         path = self._path(name)
-        saved = _saved_at(path)
+        saved = _saved_at(path, self._shared)
         _check_header(saved, {"name": name}, path)
         if not saved.size:
             return None
@@ -6529,7 +6916,7 @@ class Checkpoints:
     def clear(self, name: str) -> None:
         """Removes a checkpoint, where there is one; CheckpointError where it is being written"""
         path = self._path(name)
-        file = _locked(path, os.O_RDONLY)
+        file = _locked(path, os.O_RDONLY, self._shared)
         if file is not None:
             with file:
                 _remove(file, path)
@@ -6539,7 +6926,7 @@ class Checkpoints:
         removed = []
         for path in self._paths() if self._max_age is not None else ():
             try:
-                file = _locked(path, os.O_RDONLY)
+                file = _locked(path, os.O_RDONLY, self._shared)
             except CheckpointError as error:
                 if error.retryable:  # in use
                     continue
@@ -6561,7 +6948,7 @@ class Checkpoints:
 
     def __iter__(self) -> Iterator[str]:
         for path in self._paths():
-            file = _opened(path, os.O_RDONLY)
+            file = _opened(path, os.O_RDONLY, self._shared)
             if file is not None:
                 with file:
                     name = _name_in(file, path)
@@ -6570,13 +6957,14 @@ class Checkpoints:
 
     def named(self, name: str) -> _Checkpoint:
         """This checkpoint, for ``checkpoint=``; a name is for one request"""
-        return _Checkpoint(self._folder, _checked_name(name))
+        return _Checkpoint(self._folder, _checked_name(name), shared=self._shared)
 
     def _path(self, name: str) -> str:
-        return os.path.join(self._folder, _file_name(_checked_name(name)))
+        return os.path.join(_checked_folder(self._folder, self._shared), _file_name(_checked_name(name)))
 
     def _paths(self) -> list[str]:
         """The files that may be checkpoints, sorted"""
+        _checked_folder(self._folder, self._shared)
         try:
             names = sorted(os.listdir(self._folder))
         except FileNotFoundError:
@@ -6594,23 +6982,25 @@ class _Checkpoint(NamedTuple):
     name: str | None = None
     #: which one it is of several equal requests
     copy: str = ""
+    shared: bool = False
 
     def open(self, request: str, refresh: bool = False) -> _Journal:
         """The journal for a request, by its hash; CheckpointError where it holds the answer to another"""
         request = self._key(request)
         name = request if self.name is None else self.name
-        return _Journal.open(self._path(request), refresh, name=name, request=request)
+        return _Journal.open(self._path(request), refresh, name=name, request=request, shared=self.shared)
 
     def is_complete(self, request: str) -> bool:
         """Whether the whole answer to a request, by its hash, is there"""
-        saved = _saved_if_complete(self._path(self._key(request)))
+        saved = _saved_if_complete(self._path(self._key(request)), self.shared)
         return saved is not None and saved.header.get("request") == self._key(request)
 
     def _key(self, request: str) -> str:
         return _request_key([request, self.copy]) if self.copy else request
 
     def _path(self, request: str) -> str:
-        return os.path.join(self.folder, _file_name(request if self.name is None else self.name))
+        folder = _checked_folder(self.folder, self.shared)
+        return os.path.join(folder, _file_name(request if self.name is None else self.name))
 
 
 def _as_checkpoint(place: Any) -> _Checkpoint:
@@ -6618,7 +7008,7 @@ def _as_checkpoint(place: Any) -> _Checkpoint:
     if isinstance(place, _Checkpoint):
         return place
     if isinstance(place, Checkpoints):
-        return _Checkpoint(place._folder)
+        return _Checkpoint(place._folder, shared=place._shared)
     if isinstance(place, (str, os.PathLike)):
         if not os.fspath(place):
             raise ValueError("checkpoint is the name of a folder, and this one is empty")
@@ -6852,7 +7242,7 @@ def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
     advice = f"{where} api_key=...; api_key=False is for servers that take none"
     if not key:
         raise AuthenticationError(f"no API key in {source}: {advice}")
-    key = key.strip()
+    key = _Key(key.strip())
     if _is_placeholder(key):
         raise AuthenticationError(f"{source} is a placeholder, not an API key: {advice}")
     if not (key.isascii() and key.isprintable()) or " " in key:
@@ -6860,11 +7250,21 @@ def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
     return key
 
 
+def _ascii_host(host: str) -> str:
+    """A host name as it is sent, which is what requests makes of it"""
+    if host.isascii():
+        return host
+    import idna  # which requests brings
+
+    return idna.encode(host, uts46=True).decode()
+
+
 def _checked_url(base_url: str) -> str:
     try:
         parts = urlsplit(base_url)
         # the parser that connects must see the host that the key is chosen by
-        same = (urllib3.util.parse_url(base_url).host or "").strip("[]").lower() == parts.hostname
+        host = (urllib3.util.parse_url(base_url).host or "").strip("[]").lower()
+        same = host == _ascii_host(parts.hostname or "")
         clean = not re.search(r"[\x00-\x20\\]", base_url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and same and clean
     except (ValueError, urllib3.exceptions.LocationParseError):
@@ -6874,11 +7274,6 @@ def _checked_url(base_url: str) -> str:
             f"expected a base_url like https://api.example.com/v1, got {_public_url(base_url.rpartition('@')[2])!r}"
         )
     return base_url
-
-
-def _secrets_of(via: requests.Session, target: _Target) -> _Secrets:
-    """What a call to the target must not show, with what a session of the caller's own adds"""
-    return _Secrets({**(getattr(via, "headers", None) or {}), **target.key_headers}, target.base_url)
 
 
 class Health(NamedTuple):
@@ -6994,6 +7389,7 @@ class _CallOptions(NamedTuple):
     headers: Mapping[str, str]
     format: str | None
     max_event_size: int
+    max_answer_size: int
     #: a Limiter, bound or not, or anything with its acquire()
     limiter: Any = None
     breaker: CircuitBreaker | None = None
@@ -7057,7 +7453,7 @@ class _Call:
 
     def __init__(
         self,
-        via: requests.Session,
+        client: Client,
         target: _Target,
         request: _Request,
         options: _CallOptions,
@@ -7078,7 +7474,7 @@ class _Call:
         self.own_request_id = self.request_id = given_id or _new_request_id()
         self.wire = _Wire(options.timeout[1])
         self.request = request
-        self._via = via
+        self._client = client
         self._target = target
         self._options = options
         self._terms = terms
@@ -7092,7 +7488,9 @@ class _Call:
         self._whole = False  # whether only the usage, or the end marker, may still come
         self._untold = False  # whether this caller has been given nothing yet of what a checkpoint holds
         self._journal: _Journal | None = None
+        self._size = 0  # of the answer in bytes, all choices together
         self.cached = False  # whether the answer is a checkpoint's
+        self.has_spare = False  # whether another call stands by
         self._given_up = False
         self._slot = contextlib.ExitStack()  # of the limiter, as long as it is held
         self._has_slot = False
@@ -7105,7 +7503,8 @@ class _Call:
         self._events = _EventLog(events)
         self._plan = self._first_plan()
         self._where = _public_url(self._ask.url)
-        self._secrets = _secrets_of(via, target)
+        self._origin = _split_url(self._ask.url).netloc.rpartition("@")[2]
+        self._secrets = client._secrets(target)
 
     def _first_plan(self) -> _Plan:
         """What there is before anything is lost"""
@@ -7115,6 +7514,7 @@ class _Call:
 
     def start(self) -> None:
         """Gets the first response whose body may be read"""
+        self.wire.begin_process()
         self._came_at = time.monotonic()
         if self.clock.start is None:
             self.clock.start = self._came_at
@@ -7159,6 +7559,7 @@ class _Call:
                 timeout=timeout,
                 bell=self.wire.wake,
                 check=self._check_not_ended,
+                origin=self._origin,
             )
         except QueueTimeoutError as error:
             if not self.is_late:
@@ -7329,7 +7730,7 @@ class _Call:
             **self._target.dialect.headers,
         }
         return _send(
-            self._via,
+            self._client._via(),
             self.wire,
             ask.method,
             ask.url,
@@ -7338,6 +7739,7 @@ class _Call:
             headers={**headers, **self._options.headers, **ask.headers},
             auth=self._target.auth,
             allow_redirects=False,
+            **self._client._request_options(),
         )
 
     def _answered(self, response: requests.Response) -> requests.Response:
@@ -7348,7 +7750,8 @@ class _Call:
         self.request_id = headers.get("x-request-id") or headers.get("request-id") or self.own_request_id
         _log.debug("request %s: status %d", self.own_request_id, response.status_code)
         if isinstance(self._options.limiter, (Limiter, _BoundLimiter)):
-            self._options.limiter.heed(headers, response.status_code)
+            longest = self._options.retry.max_retry_after
+            self._options.limiter.heed(headers, response.status_code, origin=self._origin, longest=longest)
         self._answered_at = time.monotonic()
         if response.status_code == 204:
             raise InvalidStreamError(
@@ -7373,13 +7776,17 @@ class _Call:
         # so that .text and .json() of the error's response work, though it is closed
         response._content = self._secrets.hide_bytes(body)
         response._content_consumed = True
-        error = _status_error(response.status_code, headers, body, self._where)
+        proxy = _proxy_of(self._client._via(), self._ask.url, self._client._request_options())
+        where = self._where + (proxy and f" through the proxy {proxy}")
+        error = _status_error(response.status_code, headers, body, where)
         error.response, error.request = response, response.request
         raise error
 
     def _back_off(self, error: SheepError) -> None:
         """Waits before the next request, or raises the error where there is to be none"""
         retry = self._options.retry
+        if self.has_spare and isinstance(error, StreamTimeout) and not self.answer.given:
+            raise error  # another client need not wait for as long again
         delay = retry.wait(error, self._failures + 1)
         if delay is not None and self._progress and error.retry_after is None and retry.should_retry is None:
             delay = 0.0  # the first reconnect after progress is immediate
@@ -7519,8 +7926,7 @@ class _Call:
             if self._journal is not None:
                 self._journal.restart()
         self.reconnects += 1
-        order = ("single", "replayed", "verified", "restarted", "continued")
-        self.continuity = max(self.continuity, plan.continuity, key=order.index)
+        self.continuity = max(self.continuity, plan.continuity, key=_CONTINUITIES.index)
         _log.info("request %s: the stream was lost, and goes on (%s)", self.own_request_id, plan.continuity)
         if self._options.retry.on_reconnect:
             self._options.retry.on_reconnect(self.attempts, time.monotonic() - since)
@@ -7570,6 +7976,13 @@ class _Call:
             self.answer.add(chunk)
             self._progress = self._progress or _says(chunk)
             self.clock.note(chunk, self._came_at)
+            self._size += _size_of(chunk)
+            if self._size > self._options.max_answer_size:
+                raise StreamError(
+                    f"the answer is larger than {self._options.max_answer_size} bytes: raise max_answer_size if so "
+                    "much is meant",
+                    retryable=False,
+                )
             if self._journal is not None:
                 self._journal.note(self.continuity)
                 # where to go on after a kill is known of events with an id of their own alone
@@ -7634,7 +8047,7 @@ class _Call:
             yield chunk
             if dialect.whole:
                 wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
-            else:
+            elif _says(chunk) or chunk.finish_reason:  # else it is as good as a ping
                 wire.expect(idle, reason)
 
     def _read_out(self, response: requests.Response, blocks: Iterator[bytes]) -> None:
@@ -7675,16 +8088,15 @@ class _Call:
     def give_up(self) -> None:
         """Asks the service to end a job that nobody waits for any more; that it fails is only logged"""
         url = self._target.dialect.job_url(self._asked.url, self._asked.body or {}, self.answer.id, "cancel")
-        if not url or self.answer.complete or self._given_up:
+        if not url or self.answer.complete or self._given_up or not self.wire.is_own:
             return
         self._given_up = True
         wire = _Wire(_GIVE_UP_TIME, deadline=_GIVE_UP_TIME)
         headers = {"X-Request-ID": self.own_request_id, **self._target.dialect.headers, **self._options.headers}
         auth = self._target.auth
         try:
-            _send(
-                self._via, wire, "POST", url, _GIVE_UP_TIME, headers=headers, auth=auth, allow_redirects=False
-            ).close()
+            options = {"headers": headers, "auth": auth, "allow_redirects": False, **self._client._request_options()}
+            _send(self._client._via(), wire, "POST", url, _GIVE_UP_TIME, **options).close()
         except SheepError as error:
             self._secrets.hide_error(error)
             _log.debug("request %s: the job could not be cancelled: %s", self.own_request_id, error)
@@ -7701,7 +8113,7 @@ class _Call:
         if self._alignment is not None and self.answer.given:
             self._align(self._alignment, cut=True)
         if self._owned:
-            self._via.close()
+            self._client.close()
 
     @property
     def model(self) -> str:
@@ -7840,6 +8252,7 @@ class Stream:
         if self._chunks is None and self._spares:
             self._prefer_kept()
         while self._chunks is None:
+            self._call.has_spare = bool(self._spares)
             try:
                 self._call.start()
                 self._chunks = self._call.chunks()
@@ -7860,6 +8273,8 @@ class Stream:
                 return None
             raise RuntimeError("a Stream belongs to one thread; only cancel() and close() may come from others")
         try:
+            if self._chunks is not None and not self._call.wire.is_own:
+                raise RuntimeError("this Stream was opened before a fork: the process that opened it reads it")
             return step()
         except _StreamClosed:
             self._call.give_up()
@@ -7871,7 +8286,7 @@ class Stream:
                 self._call.give_up()
             self._finish()
             self._call.failed(error)
-            raise
+            raise error.with_traceback(None)  # noqa: B904  # our functions on the way may hold a URL with a key
         except BaseException:
             self._call.give_up()
             self._finish()
@@ -8005,18 +8420,26 @@ class Client:
     model, for ``Stream.cost``. ``headers`` are sent with each request. ``session`` may be any object shaped
     like a requests.Session: it keeps its adapters, and their retries come on top of ``retry``; ``cancel()`` and
     the limits then reach a read, but not a wait for headers, nor bytes that trickle inside a chunk's size.
-    ``format`` ("sse" or "json") overrides what the answer's Content-Type says, ``max_event_size`` is in bytes.
+    ``verify``, ``proxies`` and ``cert`` are as in requests; where they are given the environment is not looked at for
+    them: ``proxies={}`` is no proxy.
+    ``format`` ("sse" or "json") overrides what the answer's Content-Type says; ``max_event_size`` and
+    ``max_answer_size`` are in bytes: a larger event is an InvalidStreamError, more text, reasoning and arguments a
+    StreamError.
     No error and no log line of ours shows the key; what is secret in a ``base_url`` urllib3 logs at DEBUG.
 
-    May be shared between threads, but not across a fork. A context manager with ``close()``.
+    May be shared between threads; in a forked process it opens connections of its own, unless ``session`` is the
+    caller's. A context manager with ``close()``.
     """
+
+    provider: str | None = None  # for __repr__, also of one that could not be made
+    base_url: str | None = None
 
     def __init__(
         self,
         provider: str | None = None,
         *,
         base_url: str | None = None,
-        api_key: str | bool | None = None,
+        api_key: str | bytes | bool | None = None,
         dialect: str | type[Dialect] | None = None,
         model: str | None = None,
         retry: Retry | int | None = None,
@@ -8028,32 +8451,47 @@ class Client:
         prices: Mapping[str, Price] | None = None,
         session: requests.Session | None = None,
         headers: Mapping[str, str] | None = None,
+        verify: bool | str = True,
+        proxies: Mapping[str, str] | None = None,
+        cert: str | tuple[str, str] | None = None,
         format: str | None = None,
         max_event_size: int = _MAX_EVENT_SIZE,
+        max_answer_size: int = _MAX_ANSWER_SIZE,
     ) -> None:
         if provider is not None and provider not in PROVIDERS:
             shown = repr(provider) if len(provider) < 20 else "of that name"  # a key, put into its place
             raise InvalidRequestError(f"no provider {shown}; there are {', '.join(PROVIDERS)}")
-        if api_key is True:
-            raise TypeError("api_key is a str, or False for a server that takes none")
+        if api_key is True or not isinstance(api_key, (str, bytes, bool, type(None))):
+            raise TypeError(f"api_key is a str, or False for a server that takes none, got {type(api_key).__name__}")
+        if isinstance(api_key, (str, bytes)):
+            api_key = _Key.of(api_key)
         self.provider = provider
         self.base_url = None if base_url is None else _checked_url(base_url)
         self.model = model
         self._api_key = api_key
+        given = {"verify": None if verify is True else verify, "proxies": proxies, "cert": cert}
+        #: what goes before the environment's; it may hold a proxy's password
+        self._connection = _Hidden({name: value for name, value in given.items() if value is not None})
         self._dialect = None if dialect is None else _dialect(dialect)
-        self._options = _CallOptions(Retry(), _as_pair(timeout), first_timeout, idle_timeout, _Hidden(), None, 0).but(
+        limits = _as_pair(timeout), first_timeout, idle_timeout
+        self._options = _CallOptions(Retry(), *limits, _Hidden(), None, 0, 0).but(
             retry=retry,
             headers=headers,
             format=format,
             max_event_size=max_event_size,
+            max_answer_size=max_answer_size,
             limiter=limiter,
             breaker=breaker,
             prices=prices,
         )
         self._session = session
+        self._refusing: set[str] = set()  # base URLs that refuse what the dialect asks for beside the caller's own
+        self._begin_process()
+        _of_process.add(self)
+
+    def _begin_process(self) -> None:
         self._own_session: requests.Session | None = None
         self._lock = threading.Lock()
-        self._refusing: set[str] = set()  # base URLs that refuse what the dialect asks for beside the caller's own
 
     def __repr__(self) -> str:
         asked = self.provider or (self.base_url and _public_url(self.base_url)) or "as the environment says"
@@ -8067,14 +8505,15 @@ class Client:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For workers of other processes: all but the key, the limiter and the breaker; TypeError where it has a key"""
-        own = isinstance(self._api_key, str), self._session is not None, bool(_secrets_in(self._options, self.base_url))
-        if any(own):
+        secret = _Secrets(self._options.headers, self.base_url or "", self._connection.get("proxies"))
+        if isinstance(self._api_key, str) or self._session is not None or secret.words:
             raise TypeError(
                 "a Client with a key or a session of its own is not sent to other processes, which would take the key "
                 "along: leave api_key= out, and set the provider's variable where they run"
             )
         options = self._options._replace(limiter=None, breaker=None)
-        return _client_of, (self.provider, self.base_url, self._api_key, self._dialect, self.model, options)
+        asked = self.provider, self.base_url, self._api_key, self._dialect, self.model
+        return _client_of, (*asked, dict(self._connection), options)
 
     def close(self) -> None:
         """Closes the idle connections, unless the session is the caller's own"""
@@ -8132,15 +8571,25 @@ class Client:
         params.update(params.pop("extra_body", None) or {})
         messages = tuple(_messages(messages))
         request = _Request(target.base_url, target.dialect, messages, model, params, terms.stream)
-        return _Call(self._via(), target, request, options, terms, self._refusing, owned)
+        return _Call(self, target, request, options, terms, self._refusing, owned)
 
     def _via(self) -> requests.Session:
         if self._session is not None:
             return self._session
         with self._lock:
             if self._own_session is None:
-                self._own_session = _mounted(_WireAdapter(max_retries=0, pool_maxsize=100), _StayingSession)
+                adapter = _WireAdapter(max_retries=0, pool_maxsize=100)
+                self._own_session = _mounted(adapter, _StayingSession(self._connection))
             return self._own_session
+
+    def _secrets(self, target: _Target) -> _Secrets:
+        """What a call to the target must not show: its key, what a session of the caller's own adds, proxies"""
+        headers = {**(getattr(self._session, "headers", None) or {}), **target.key_headers}
+        return _Secrets(headers, target.base_url, {**_environment_proxies(), **self._connection.get("proxies", {})})
+
+    def _request_options(self) -> Mapping[str, Any]:
+        """What a session of the caller's own is told with each request; ours knows it"""
+        return {} if self._session is None else self._connection
 
     def _target(self, model: str | None, headers: Mapping[str, str]) -> _Target:
         """Who is asked, with which key"""
@@ -8151,9 +8600,9 @@ class Client:
         base_url = self.base_url or (row.base_url if row else "")
         dialect = self._dialect or DIALECTS[row.dialect if row else "openai"]
         key = self._key(row, base_url, headers)
-        key_headers = {**(dialect.key_headers(key) if key else {}), **_key_headers(headers)}
+        key_headers = _Hidden({**(dialect.key_headers(key) if key else {}), **_key_headers(headers)})
         check_url = dialect.endpoint(base_url, (row and row.check_path) or dialect.models_path)
-        return _Target(name, base_url, dialect, _Hidden(key_headers), check_url, row.continuation if row else "")
+        return _Target(name, base_url, dialect, key_headers, check_url, row.continuation if row else "")
 
     def _key(self, row: Provider | None, base_url: str, headers: Mapping[str, str]) -> str | None:
         if self._api_key is False or any(name.lower() in _KEY_STAND_INS for name in headers):
@@ -8178,7 +8627,7 @@ class Client:
             target = self._target(self.model, self._options.headers)
         except AuthenticationError as error:
             return Health(False, "no_key", error=str(error))
-        secrets = _secrets_of(self._via(), target)
+        secrets = self._secrets(target)
         started = time.monotonic()
         try:
             body = self._asked(target, timeout)
@@ -8205,6 +8654,7 @@ class Client:
             headers={"Accept": "application/json", **target.dialect.headers, **self._options.headers},
             auth=target.auth,
             allow_redirects=False,
+            **self._request_options(),
         )
         try:
             body = _read_some(_limited_blocks(response, wire), _MAX_EVENT_SIZE, failure)
@@ -8222,31 +8672,27 @@ class Client:
         return answer
 
 
-def _secrets_in(options: _CallOptions, base_url: str | None) -> list[str]:
-    """The keys that a client was given in headers or in its address"""
-    return _Secrets(options.headers, base_url or "")._words
-
-
 def _client_of(
     provider: str | None,
     base_url: str | None,
     api_key: bool | None,
     dialect: type[Dialect] | None,
     model: str | None,
+    connection: Mapping[str, Any],
     options: _CallOptions,
 ) -> Client:
-    made = Client(provider, base_url=base_url, api_key=api_key, dialect=dialect, model=model)
+    made = Client(provider, base_url=base_url, api_key=api_key, dialect=dialect, model=model, **connection)
     made._options = options
     return made
 
 
 #: keywords of a Client that a single call may set for itself
 _CALL_OPTIONS = (
-    *("retry", "timeout", "first_timeout", "idle_timeout", "headers", "format", "max_event_size"),
+    *("retry", "timeout", "first_timeout", "idle_timeout", "headers", "format", "max_event_size", "max_answer_size"),
     *("limiter", "breaker", "prices"),
 )
 #: keywords that make a Client of their own in stream() and complete()
-_CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session")
+_CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session", "verify", "proxies", "cert")
 #: keywords that the body must never see, and why they are refused
 _REFUSED_OPTIONS = {
     **dict.fromkeys(_CLIENT_OPTIONS, "belongs to the Client"),
@@ -8271,19 +8717,10 @@ def _model_names(answer: Any) -> Iterator[str]:
         yield name[len("models/") :] if name.startswith("models/") else name
 
 
-class _Default:
-    """The environment's Client, one for a process: connections do not survive a fork"""
-
-    _lock = threading.Lock()
-    _client: Client | None = None
-    _process = 0
-
-    @classmethod
-    def client(cls) -> Client:
-        with cls._lock:
-            if cls._client is None or cls._process != os.getpid():
-                cls._client, cls._process = Client(), os.getpid()
-            return cls._client
+@functools.lru_cache(None)
+def _default_client() -> Client:
+    """The environment's Client, one for a process"""
+    return Client()
 
 
 def stream(
@@ -8308,8 +8745,9 @@ def stream(
 
     ``params`` go into the request's body as they are (``temperature``, ``max_tokens``, ``tools``, ...), those in
     ``extra_body`` too; keywords of Client make one that closes with the stream, and ``retry``, ``timeout``,
-    ``first_timeout``, ``idle_timeout``, ``limiter``, ``breaker``, ``prices``, ``headers``, ``format`` and
-    ``max_event_size`` beside a ``client`` count for this call. Without a ``client`` the environment says who is asked.
+    ``first_timeout``, ``idle_timeout``, ``limiter``, ``breaker``, ``prices``, ``headers``, ``format``,
+    ``max_event_size`` and ``max_answer_size`` beside a ``client`` count for this call. Without a ``client`` the
+    environment says who is asked.
 
     Of several clients in a list the next one is asked, with its own model, where one is down, refuses for a limit, a
     quota or an open breaker, and has given nothing yet. ``fallback`` asks at last without streaming where there is no
@@ -8363,6 +8801,11 @@ def _streamed(
     fallback: bool = False,
 ) -> Stream:
     """What stream() and complete() read: by the clients given, by one made of their keywords, or the environment's"""
+    if isinstance(params.get("api_key"), (str, bytes)):
+        params["api_key"] = _Key.of(params["api_key"])
+    for name in ("headers", "proxies"):
+        if isinstance(params.get(name), Mapping):
+            params[name] = _Hidden(params[name])
     clients, owned = _clients_of(client, params)
     return _stream_of(clients, messages, model, params, terms, fallback, owned)
 
@@ -8371,7 +8814,7 @@ def _clients_of(client: Client | Sequence[Client] | None, params: dict[str, Any]
     """The clients given, one made of their keywords, or the environment's; and whether it ends with what it is for"""
     own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
     if client is None:
-        client = Client(**own) if own else _Default.client()
+        client = Client(**own) if own else _default_client()
     clients = [client] if isinstance(client, Client) else list(client)
     if not clients:
         raise ValueError("client= is a Client, or a list of one or more")

@@ -501,8 +501,8 @@ def test_windows_has_a_file_closed_before_it_is_replaced_or_removed(tmp_path, mo
     opened = section._opened
     files = []
 
-    def noted(path, flags):
-        file = opened(path, flags)
+    def noted(*arguments):
+        file = opened(*arguments)
         files.append(file)
         return file
 
@@ -836,7 +836,7 @@ def test_a_disk_that_cannot_be_read_or_locked_is_a_checkpoint_error(tmp_path, mo
 
         read = seek
 
-    monkeypatch.setattr(section, "_opened", lambda path, flags: Broken(opened(path, flags)))
+    monkeypatch.setattr(section, "_opened", lambda *arguments: Broken(opened(*arguments)))
     for attempt in (lambda: store.load("a"), lambda: list(store)):
         with pytest.raises(CheckpointError, match="Input/output error"):
             attempt()

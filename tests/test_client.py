@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import os
 import re
 import socket
 import ssl
@@ -297,10 +296,10 @@ def providers(server, monkeypatch):
     """All providers are at the server, each under its name; gives who was asked, with which key"""
     for name, row in sheepsse.PROVIDERS.items():
         monkeypatch.setitem(sheepsse.PROVIDERS, name, row._replace(base_url=f"{server.origin}/{name}/v1"))
-    monkeypatch.setattr(sheepsse._Default, "_client", None)
+    sheepsse._default_client.cache_clear()
     yield lambda: [(sent.path.split("/")[1], sent.headers["Authorization"]) for sent in server.requests]
-    if sheepsse._Default._client is not None:
-        sheepsse._Default._client.close()
+    sheepsse._default_client().close()
+    sheepsse._default_client.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -372,15 +371,6 @@ def test_the_client_of_the_environment_is_kept_for_the_process(providers, server
     monkeypatch.setenv("HOLYSHEEP_API_KEY", KEY)
     list(sheepsse.stream("Go", model="m"))
     assert [name for name, _ in providers()] == ["openai"] * 4 + ["holysheep"], "its variables are read for each call"
-
-
-def test_another_process_has_a_client_of_its_own(providers, monkeypatch):
-    ours = sheepsse._Default.client()
-    assert sheepsse._Default.client() is ours
-    monkeypatch.setattr(os, "getpid", lambda: -1)
-    theirs = sheepsse._Default.client()
-    assert theirs is not ours
-    assert sheepsse._Default.client() is theirs
 
 
 def test_options_of_a_call_alone_leave_the_client_of_the_environment(providers, server, monkeypatch):
