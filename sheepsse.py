@@ -12083,6 +12083,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parse, run = _COMMANDS.get(words[0] if words else "", (_parser, _stream_command))
+    if not _has_stdout():
+        _complain("sheepsse: standard output is closed")
+        return 1
     parser = parse()
     options = parser.parse_args(words[1:] if words and words[0] in _COMMANDS else words)
     if hasattr(sys.stdout, "reconfigure"):  # half an emoji must not end an answer, nor a console's code page
@@ -12094,12 +12097,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # of stdout: a full disk, or none at all
-        print(f"sheepsse: the text cannot be written: {error}", file=sys.stderr)
+        _complain(f"sheepsse: the text cannot be written: {error}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
+
+
+def _has_stdout() -> bool:
+    """Whether there is a standard output; cron and pythonw may close any of the three standard streams
+
+    A connection must not get the number of one that is closed, and print() writes to stdout where stderr is None.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which gets this number, the lowest that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+    return sys.stdout is not None
+
+
+def _without_controls(text: str) -> str:
+    """A text without what controls a terminal, which a model or a server may have put there"""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+def _complain(text: str) -> None:
+    print(_without_controls(text), file=sys.stderr)
 
 
 def _stream_command(parser: Any, options: Any) -> int:
@@ -12121,7 +12148,14 @@ def _seconds(text: str) -> float:
 
 def _prompted(options: Any) -> list[dict[str, str]]:
     """The messages that the command line asks for"""
-    prompt = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
+    prompt = options.prompt
+    if prompt in (None, "-"):
+        if sys.stdin is None:
+            _parser().error("there is no prompt, and standard input is closed")
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            _parser().error(f"standard input is not {error.encoding}: {error}")
     if not prompt.strip():
         _parser().error("the prompt is empty")
     system = [{"role": "system", "content": options.system}] if options.system else []
@@ -12194,7 +12228,7 @@ def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
         return 3 if answer is not None and answer.stats.chars else 1
     finally:
         if options.stats and answer is not None:
-            print(_stats_line(answer), file=sys.stderr)
+            _complain(_stats_line(answer))
 
 
 class _PlainText:
@@ -12202,16 +12236,16 @@ class _PlainText:
 
     def chunk(self, chunk: Chunk) -> None:
         if chunk.index == 0 and chunk.text:
-            print(chunk.text, end="", flush=True)
+            print(_without_controls(chunk.text) if sys.stdout.isatty() else chunk.text, end="", flush=True)
 
     def done(self, answer: Stream) -> None:
         self._end_line()
         if answer.completion.refusal:
-            print(f"refused: {answer.completion.refusal}", file=sys.stderr)
+            _complain(f"refused: {answer.completion.refusal}")
 
     def error(self, error: SheepError) -> None:
         self._end_line()
-        print(f"sheepsse: {error}", file=sys.stderr)
+        _complain(f"sheepsse: {error}")
 
     def _end_line(self) -> None:
         """The prompt of a terminal belongs on a line of its own; a file or a pipe gets the text alone"""
@@ -12309,6 +12343,8 @@ def _batch_parser() -> Any:
 def _batch_command(parser: Any, options: Any) -> int:
     try:
         with contextlib.ExitStack() as stack:
+            if options.input == "-" and sys.stdin is None:
+                raise ValueError("standard input is closed")
             source = stack.enter_context(open(options.input, "rb")) if options.input != "-" else sys.stdin.buffer
             output = stack.enter_context(_Answers(options.output))
             client = stack.enter_context(_client_of_options(options, model=options.model))
@@ -12327,10 +12363,10 @@ def _batch_command(parser: Any, options: Any) -> int:
                 results.close()
                 for result in results:  # what was done when it ended
                     output.append(result)
-                print(f"{results.summary}\nkept       {kept} answers from before", file=sys.stderr)
+                _complain(f"{results.summary}\nkept       {kept} answers from before")
             return 1 if results.summary.failed else 0
     except (SheepError, OSError, ValueError) as error:
-        print(f"sheepsse: {error}", file=sys.stderr)
+        _complain(f"sheepsse: {error}")
         return 1
 
 
@@ -12372,7 +12408,7 @@ class _Answers:
     """A file of answers, a line of JSON each, which is only appended to; one process at a time has it"""
 
     def __init__(self, path: str) -> None:
-        file = _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        file = _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, shared=True)
         assert file is not None  # for it is made where there is none
         self._file, self._path = file, path
         #: the ids of those that are answered
@@ -12441,15 +12477,15 @@ def _check_command(parser: Any, options: Any) -> int:
         with _client_of_options(options) as client:
             health = client.check(options.timeout)
     except SheepError as error:
-        print(f"sheepsse: {error}", file=sys.stderr)
+        _complain(f"sheepsse: {error}")
         return 1
     print(health.status, end="")
     print("" if health.latency is None else f", answered in {health.latency:.2f} s", end="")
     print(f", {len(health.models)} models" if health.models else "")
     for model in health.models:
-        print(model)
+        print(_without_controls(model))
     if health.error:
-        print(f"sheepsse: {health.error}", file=sys.stderr)
+        _complain(f"sheepsse: {health.error}")
     return 0 if health.ok else 1
 
 
@@ -12481,7 +12517,7 @@ def _cost_command(parser: Any, options: Any) -> int:
         parser.error("a price is a number")
     if spent is None:
         known = "no price is known" + (f" for {options.model}" if options.model else "")
-        print(f"sheepsse: {known}: pass --price, or a --model and --provider that genai-prices knows", file=sys.stderr)
+        _complain(f"sheepsse: {known}: pass --price, or a --model and --provider that genai-prices knows")
         return 1
     print(f"{spent.normalize():f}")
     return 0
@@ -12519,11 +12555,11 @@ def _bench_command(parser: Any, options: Any) -> int:
             results = batch(prompts, client=client, workers=options.concurrency, progress=_shown_progress())
             came = list(results)
     except SheepError as error:
-        print(f"sheepsse: {error}", file=sys.stderr)
+        _complain(f"sheepsse: {error}")
         return 1
     good = [result for result in came if result.error is None]
     for error_text, count in collections.Counter(str(result.error) for result in came if result.error).items():
-        print(f"sheepsse: {count} failed: {error_text}", file=sys.stderr)
+        _complain(f"sheepsse: {count} failed: {error_text}")
     print(_bench_table(good, results.summary))
     if options.plot and good:
         times = [sorted(filter(None, (result.ttft for result in good))), sorted(result.elapsed for result in good)]
@@ -12584,10 +12620,10 @@ def _serve_command(parser: Any, options: Any) -> int:
             )
             server = stack.enter_context(_page_server(options.host, options.port, app))
         except SheepError as error:
-            print(f"sheepsse: {error}", file=sys.stderr)
+            _complain(f"sheepsse: {error}")
             return 1
         except (OSError, OverflowError) as error:
-            print(f"sheepsse: {options.host}:{options.port} cannot be served: {error}", file=sys.stderr)
+            _complain(f"sheepsse: {options.host}:{options.port} cannot be served: {error}")
             return 1
         print(f"http://{options.host}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
         with _ended_by_sigterm(server):
@@ -12605,7 +12641,7 @@ def _serving_client(parser: Any, options: Any, stack: contextlib.ExitStack) -> C
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "local_provider.py")
         if options.provider or options.base_url or not os.path.exists(path):
             raise
-        print(f"sheepsse: {error}; until then a provider on this machine answers, always the same", file=sys.stderr)
+        _complain(f"sheepsse: {error}; until then a provider on this machine answers, always the same")
         provider = stack.enter_context(_local_provider(path))
         return Client(base_url=provider.base_url, api_key=False, model=options.model or "local-model")
     if not options.model:
