@@ -9490,11 +9490,14 @@ class _CompletionEvents:
     https://platform.openai.com/docs/api-reference/chat-streaming
     """
 
-    _FINISH = {"refusal": "content_filter"}
+    #: a typed client takes no other words
+    _FINISH = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "refusal": "content_filter"}
 
-    def __init__(self) -> None:
+    def __init__(self, usage: bool = False) -> None:
         self._common: dict[str, Any] = {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": "chat.completion.chunk"}
         self._common.update(created=int(time.time()), model="")
+        if usage:  # then each chunk has it, null in all but the last
+            self._common["usage"] = None
         self._begun: set[int] = set()
 
     def chunk(self, chunk: Chunk) -> _Named:
@@ -9503,7 +9506,7 @@ class _CompletionEvents:
         delta = {name: text for name, text in delta.items() if text}
         if chunk.tool_calls:
             delta["tool_calls"] = list(map(self._tool_call, chunk.tool_calls))
-        finish = None if chunk.finish is None else self._FINISH.get(chunk.finish, chunk.finish)
+        finish = None if chunk.finish is None else self._FINISH.get(chunk.finish, "stop")
         if not delta and finish is None:
             return ()
         if chunk.index not in self._begun:
@@ -9529,7 +9532,8 @@ class _CompletionEvents:
         if name != "done":
             told = {name: facts.get(name) for name in ("code", "message")}
             return [("message", {"error": {**told, "type": name, "param": None}})]
-        events = [] if usage is None else [self._said(choices=[], usage=self._counts(usage))]
+        is_told = usage is not None and "usage" in self._common
+        events = [self._said(choices=[], usage=self._counts(usage))] if usage is not None and is_told else []
         return [*events, ("message", "[DONE]")]
 
     @staticmethod
@@ -10079,7 +10083,7 @@ class _FileLog(_Log):
     def look(self) -> tuple[bool, bool]:
         """Whether somebody asked to stop, and whether a process has said of late that it follows"""
         try:
-            mark = os.stat(self._mark)
+            mark = os.stat(self._mark, follow_symlinks=False)
         except FileNotFoundError:
             return False, False
         before, self._seen = self._seen, mark.st_mtime_ns
@@ -10178,7 +10182,7 @@ class _FileTail(_Tail):
         if now - self._looked_at >= _LOOK_CLOSER_EVERY:
             self._looked_at = now
             with contextlib.suppress(FileNotFoundError):
-                os.utime(self._mark)
+                os.utime(self._mark, follow_symlinks=False)
             if _is_free(self._file):
                 self.bell.set()
 
@@ -10224,7 +10228,8 @@ class _Folder:
         self._expired_at = 0.0
 
     def _paths(self, id: str) -> tuple[str, str]:
-        return os.path.join(self._folder, f"{id}.relay"), os.path.join(self._folder, f"{id}.mark")
+        folder = _checked_folder(self._folder)
+        return os.path.join(folder, f"{id}.relay"), os.path.join(folder, f"{id}.mark")
 
     def begin(self, id: str, header: Mapping[str, Any]) -> _FileLog:
         path, mark = self._paths(id)
@@ -10268,9 +10273,11 @@ class _Folder:
             except CheckpointError as error:
                 if not error.retryable:
                     raise
-                with io.FileIO(path) as file:  # perhaps a follower was just looking whether it is free
-                    if not _is_free(file):
-                        return None
+                file = _opened(path, os.O_RDONLY)
+                if file is not None:
+                    with file:  # perhaps a follower was just looking whether it is free
+                        if not _is_free(file):
+                            return None
 
     def open(self, id: str) -> _FileTail | None:
         path, mark = self._paths(id)
@@ -10285,8 +10292,10 @@ class _Folder:
 
     def stop(self, id: str) -> None:
         """Asks the producer to stop, whichever process that is"""
-        with open(self._paths(id)[1], "ab") as mark:
-            mark.write(b"stop")
+        mark = _opened(self._paths(id)[1], os.O_RDWR | os.O_APPEND)
+        if mark is not None:
+            with mark:
+                mark.write(b"stop")
 
     def _expire(self) -> None:
         """Removes what was written last too long ago, and is not being written"""
@@ -10365,18 +10374,9 @@ class _RedisLog(_Log):
         for line in lines:
             number, part = (number + 1, 0) if "event" in line else (number, part + 1)
             entries += [f"{number}-{part}", _journal_json(line)]
-        if entries and not self._written(entries):
+        if entries and not _asked_again(lambda: self._store.redis.eval(*self.arguments(*entries))):
             raise CheckpointError("another process goes on with the stream")
         self._number, self._part = number, part
-
-    def _written(self, entries: Sequence[str]) -> Any:
-        try:
-            with _redis_errors():
-                return self._store.redis.eval(*self.arguments(*entries))
-        except CheckpointError as error:
-            _log.debug("%s: %s", self.key, error)
-        with _redis_errors():
-            return self._store.redis.eval(*self.arguments(*entries))
 
     def end(self) -> None:
         self._store.discard(self)
@@ -10418,8 +10418,7 @@ class _RedisTail(_Tail):
         """Leaves out the events up to one; whether there is that one"""
         if not after:
             return True
-        with _redis_errors():
-            found = self._redis.xrange(self._key, f"{after}-0", f"{after}-0")
+        found = _asked_again(lambda: self._redis.xrange(self._key, f"{after}-0", f"{after}-0"))
         if found:
             line = _line_of(found[0][1])
             self.is_over = _Event(line["event"], "", after).is_final
@@ -10428,17 +10427,15 @@ class _RedisTail(_Tail):
 
     def has_ended(self) -> bool:
         """Whether nothing is to come but that, unless somebody goes on with it"""
-        with _redis_errors():
-            is_alive = self._redis.exists(f"{self._key}:owner")
-            self._take()
+        is_alive = _asked_again(lambda: self._redis.exists(f"{self._key}:owner"))
+        _asked_again(self._take)
         return self.is_over or not (is_alive or self._events)
 
     def read(self, timeout: float) -> list[_Event] | None:
         """Some events, none if there is none in time; None at the end"""
         until = time.monotonic() + timeout
         while not (self._left or self.is_over):
-            with _redis_errors():
-                self._await()
+            _asked_again(self._await)
             if self._events:
                 return self._given()
             if self._cut or not self._was_alive:
@@ -10508,6 +10505,19 @@ def _redis_errors() -> Iterator[None]:
         raise CheckpointError(f"the journal in Redis cannot be used: {type(error).__name__}") from error
 
 
+def _asked_again(ask: Callable[[], _T]) -> _T:
+    """What Redis says; where a reply is lost it is asked once more, for what that does not change"""
+    try:
+        with _redis_errors():
+            return ask()
+    except CheckpointError as error:
+        if not error.__cause__:  # not of Redis
+            raise
+        _log.debug("%s: it is asked once more", error)
+    with _redis_errors():
+        return ask()
+
+
 class _Redis:
     """Streams in Redis, from 6.2 on, for all processes of all machines that share it"""
 
@@ -10543,10 +10553,12 @@ class _Redis:
     def take_over(self, id: str) -> _RedisLog | None:
         """The log of a stream whose producer has gone; None where another has it, or all is there"""
         token, lease, key = os.urandom(8).hex(), math.ceil(_RedisLog.LEASE * 1000), _redis_key(id)
-        with _redis_errors():
-            if not self.redis.set(f"{key}:owner", token, nx=True, px=lease):
-                return None
-            entries = self.redis.xrange(key)
+        owner = f"{key}:owner"
+        if not _asked_again(
+            lambda: self.redis.set(owner, token, nx=True, px=lease) or _text_of(self.redis.get(owner)) == token
+        ):
+            return None
+        entries = _asked_again(lambda: self.redis.xrange(key))
         kept = _journaled([_line_of(fields) for _, fields in entries])
         log = _RedisLog(self, id, token, kept, _text_of(entries[-1][0]))
         if kept.is_final:
@@ -10556,14 +10568,12 @@ class _Redis:
         return log
 
     def open(self, id: str) -> _RedisTail | None:
-        with _redis_errors():
-            first = self.redis.xrange(_redis_key(id), count=1)
+        first = _asked_again(lambda: self.redis.xrange(_redis_key(id), count=1))
         return _RedisTail(self, id, _line_of(first[0][1])) if first else None
 
     def stop(self, id: str) -> None:
         """Asks the producer to stop, on whichever machine that is"""
-        with _redis_errors():
-            self.redis.set(f"{_redis_key(id)}:stop", 1, ex=self.max_age)
+        _asked_again(lambda: self.redis.set(f"{_redis_key(id)}:stop", 1, ex=self.max_age))
 
     def look(self) -> None:
         """Says that all logs of this process have their producers, and looks what is asked of them, at once"""
@@ -10574,15 +10584,19 @@ class _Redis:
             logs = list(self._logs)
         found: list[Any] = [0, (None, None)] * len(logs)  # so none is waited for again where Redis is gone
         try:
-            with _redis_errors(), self.redis.pipeline(transaction=False) as pipe:
-                for log in logs:
-                    pipe.eval(*log.arguments())
-                    pipe.mget(f"{log.key}:stop", f"{log.key}:seen")
-                found = pipe.execute()
+            found = _asked_again(lambda: self._found(logs))
         finally:
             self._looked_at = time.monotonic()
             for log, is_owner, marks in zip(logs, found[::2], found[1::2]):
                 log.found = is_owner, *marks
+
+    def _found(self, logs: Sequence[_RedisLog]) -> list[Any]:
+        with self.redis.pipeline(transaction=False) as pipe:
+            for log in logs:
+                pipe.eval(*log.arguments())
+                pipe.mget(f"{log.key}:stop", f"{log.key}:seen")
+            found: list[Any] = pipe.execute()
+        return found
 
 
 # What a WSGI server iterates
@@ -10731,7 +10745,13 @@ def _is_closed(sock: socket.socket) -> bool:
 
 
 def relay(
-    stream: Stream, *, heartbeat: float = 15, retry: int | None = None, ids: bool = True, events: str = "named"
+    stream: Stream,
+    *,
+    heartbeat: float = 15,
+    retry: int | None = None,
+    ids: bool = True,
+    events: str = "named",
+    usage: bool = False,
 ) -> Relay:
     """A Stream as Server-Sent Events for a browser: what a view or a WSGI application returns, with SSE_HEADERS
 
@@ -10745,21 +10765,24 @@ def relay(
     events are ``message``, ``reasoning`` and ``refusal`` with ``{"content": ...}``, ``tool_calls``, ``queued`` with
     the place in the queue of its Limiter, and at last always one of ``done`` (with usage and times), ``failed`` or
     ``interrupted`` (with ``code`` and ``message``, which hold nothing of upstream). Or, with ``events="openai"``, the
-    chunks of OpenAI's Chat Completions up to ``[DONE]``. ``retry`` is how many milliseconds an EventSource waits
-    before it comes again. With ``ids`` each has one, ``<id>:<n>``.
+    chunks of OpenAI's Chat Completions up to ``[DONE]``, with ``usage`` the usage before that. ``retry`` is how many
+    milliseconds an EventSource waits before it comes again. With ``ids`` each has one, ``<id>:<n>``. OpenAI's SDK takes
+    a ``retry`` or a comment after an id for an event, and fails: with ``"openai"`` there is neither.
     """
-    speakers: dict[str, type[_NamedEvents | _CompletionEvents]] = {"named": _NamedEvents, "openai": _CompletionEvents}
     if not isinstance(stream, Stream):
         raise TypeError(f"relay takes a Stream, as client.stream(...) gives, got {type(stream).__name__}")
-    if events not in speakers:
+    if events not in ("named", "openai"):
         raise ValueError(f"events is 'named' or 'openai', got {events!r}")
+    if (retry is not None and events == "openai") or (usage and events == "named"):
+        raise ValueError("retry is for events='named', whose end has the usage; usage is for events='openai'")
+    speaker = _NamedEvents() if events == "named" else _CompletionEvents(usage)
     if retry is not None and not (isinstance(retry, int) and retry >= 0):
         raise ValueError(f"retry is a whole number of milliseconds, got {retry!r}")
     _checked_seconds("heartbeat", heartbeat)
     id = os.urandom(16).hex()
     pipe = _Pipe(2 * heartbeat)
-    made = Relay(pipe, id, heartbeat, retry, _Production(id, pipe, speakers[events]()), stream)
-    made._ids = id if ids else ""
+    made = Relay(pipe, id, heartbeat, retry, _Production(id, pipe, speaker), stream)
+    made._ids = id if ids and events == "named" else ""
     return made
 
 

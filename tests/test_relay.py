@@ -25,7 +25,7 @@ import requests
 import local_provider
 import sheepsse
 from conftest import HANG, PATIENT, asking, in_another_thread, until
-from local_provider import TEXT, Answer, error_answer
+from local_provider import TEXT, Answer, chat_events, error_answer
 from sheepsse import SSE_HEADERS, Limiter, relay
 
 flask = pytest.importorskip("flask", reason="needs flask")
@@ -396,7 +396,7 @@ def test_what_it_cannot_do_is_refused_at_once(client):
 
 
 def test_as_completion_chunks_it_is_what_its_own_dialect_reads(client, server):
-    blocks = list(relay(client.stream("Hello"), events="openai", ids=False))
+    blocks = list(relay(client.stream("Hello"), events="openai", usage=True))
     chunks = list(sheepsse.iter_chunks(sheepsse.iter_events(blocks), "openai"))
     answer = sheepsse.collect(chunks)
     assert (answer.text, answer.finish_reason, answer.model, answer.complete) == (TEXT, "stop", "local-model", True)
@@ -405,6 +405,35 @@ def test_as_completion_chunks_it_is_what_its_own_dialect_reads(client, server):
     first = json.loads(blocks[0].split(b"data: ")[1].split(b"\n")[0])
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": "Tokens"}
     assert b"".join(blocks).endswith(b"data: [DONE]\n\n")
+
+
+def payloads(blocks):
+    """The JSON of each event, [DONE] as it is"""
+    datas = [event.data for event in sheepsse.iter_events(blocks)]
+    return [data if data == "[DONE]" else json.loads(data) for data in datas]
+
+
+def test_as_completion_chunks_there_is_nothing_that_openai_s_sdk_stumbles_over(client, server):
+    server.answer(Answer(events=chat_events(["Good", " day"], finish="whatever"), pace=0.05))
+    blocks = list(relay(client.stream("Hello"), events="openai", heartbeat=0.02))
+    fields = {line.partition(b":")[0] for line in b"".join(blocks).splitlines() if line}
+    assert fields == {b"data", b""}  # the latter is a comment
+    *chunks, end = payloads(blocks)
+    assert end == "[DONE]"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "stop"
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+def test_as_completion_chunks_the_usage_comes_where_it_is_wanted(client, server):
+    *chunks, last, end = payloads(relay(client.stream("Hello"), events="openai", usage=True))
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert (last["choices"], last["usage"]["completion_tokens"] > 0, end) == ([], True, "[DONE]")
+
+
+@pytest.mark.parametrize("options", [{"events": "openai", "retry": 3000}, {"usage": True}])
+def test_an_option_that_the_events_have_no_place_for_is_refused(client, options):
+    with pytest.raises(ValueError, match="retry is for"):
+        relay(client.stream("Hello"), **options)
 
 
 @pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini", "ollama", "openai-responses"])
@@ -2160,7 +2189,7 @@ def test_redis_that_hangs_ends_all_that_it_keeps_at_once(server, tmp_path, runni
                 process.send_signal(signal.SIGSTOP)
                 assert until(lambda: server.open_connections == 0)
                 assert until(idle)
-                assert waits.count({"transaction": False}) == 1
+                assert waits.count({"transaction": False}) == 2  # once more, as a reply may be lost
 
 
 def test_redis_that_dies_ends_the_upstream_and_its_followers_are_told(server, tmp_path):
