@@ -36,6 +36,7 @@ from __future__ import annotations
 import atexit
 import base64
 import bisect
+import codecs
 import collections
 import contextlib
 import copy
@@ -833,13 +834,6 @@ def _says(chunk: Chunk) -> bool:
     return bool(chunk.text or chunk.reasoning or chunk.refusal or chunk.tool_calls)
 
 
-def _text_checksum(text: str, before: int = 0) -> int:
-    """The CRC-32 of a text, also piece by piece"""
-    import zlib
-
-    return zlib.crc32(text.encode("utf-8", "surrogatepass"), before)
-
-
 def _chunk_with(chunk: Chunk, field: str, text: str) -> Chunk:
     """The chunk with a text, reasoning or refusal"""
     changes: dict[str, Any] = {field: text}
@@ -862,16 +856,6 @@ class _Pieces(List[str]):
     def append(self, piece: str) -> None:
         super().append(piece)
         self._put_together()
-
-    def ends_with(self, text: str) -> bool:
-        """Whether the text so far ends so"""
-        tail, size = [], 0
-        for piece in reversed(self):
-            if size >= len(text):
-                break
-            tail.append(piece)
-            size += len(piece)
-        return "".join(reversed(tail)).endswith(text)
 
     def _put_together(self) -> None:
         if len(self) - self._done >= self._MANY:
@@ -896,8 +880,9 @@ class _Answer:
         self.id = ""
         self.event_id = ""
         self.complete = False
-        #: whether the finish reason is final: it came after the last piece. Some servers send one with every piece
+        #: whether the finish reason is final: nothing came after it, and some servers send one with every piece
         self.settled = False
+        self._was_open = False  # whether a piece came without one
         #: whether a piece of text, reasoning, refusal or tool call has been given out, of any choice
         self.given = False
 
@@ -922,8 +907,10 @@ class _Answer:
             self.reasoning.append(chunk.reasoning)
         if chunk.refusal:
             self.refusal.append(chunk.refusal)
-        if chunk.finish_reason or _says(chunk):
-            self.settled = not _says(chunk)
+        if chunk.finish_reason:  # with text it may be one of those that come with each
+            self.settled = self._was_open or not _says(chunk)
+        elif _says(chunk):
+            self.settled, self._was_open = False, True
         if chunk.finish_reason:
             self.finish_reason, self.finish = chunk.finish_reason, chunk.finish
         if chunk.vendor:
@@ -1227,7 +1214,8 @@ class SSEDecoder:
         return line[3:] if first and line[:3] == b"\xef\xbb\xbf" else line
 
     def _line(self, line: bytes) -> None:
-        field, value = _split_line(self._without_bom(line) if self._first_line else line)
+        line = self._without_bom(line) if self._first_line else line
+        field, value = _split_line(line)
         if field == b"data":
             self._size += len(line)
             if self._data is None:
@@ -1441,20 +1429,36 @@ class _AnswerDecoder(SSEDecoder):
 
     def _unknown(self, line: bytes) -> None:
         field, value = _split_line(line)
-        if field == b"error":
-            self._event = b"error"
-            self._line(b"data:" + value)
-        elif self._bare is not None or line[:1] == b"{":
-            self._bare = self._bare or _JSONDecoder(self._max_event_size)
-            for event in self._bare.feed(line + b"\n"):
+        if field == b"error" and value.strip() not in (b"", b"null"):
+            self._add(ServerSentEvent("error", _decode(value)))
+        elif line.strip() == b"[DONE]":
+            self._add(ServerSentEvent(data="[DONE]"))
+        else:
+            self._bare_line(line)
+
+    def _bare_line(self, line: bytes) -> None:
+        """A line that may be JSON, or one of several that are"""
+        starts = (b"{", b"[")
+        if line[:1] in starts or (self._bare is None and line.lstrip()[:1] in starts):
+            self._bare = _JSONDecoder(self._max_event_size)
+        events: list[ServerSentEvent] = []
+        if self._bare is not None:
+            try:
+                events = self._bare.feed(line + b"\n")
+            except InvalidStreamError:  # no JSON: a line that says nothing, as any that is no field
                 self._bare = None
-                if _is_whole(event.data):
-                    self._blank_line()  # what came before it comes first
-                    self._events.append(event)
+        for event in events:
+            self._bare = None
+            if _is_whole(event.data):
+                self._add(event)
+
+    def _add(self, event: ServerSentEvent) -> None:
+        self._blank_line()  # what came before it comes first
+        self._events.append(event)
 
     def flush(self) -> list[ServerSentEvent]:
-        line, bare = bytes(self._open), []
-        if self._bare is not None or line.startswith((b"{", b"error:")):
+        line, bare = self._without_bom(bytes(self._open)), []
+        if line and _split_line(line)[0] not in (b"", b"data", b"event", b"id", b"retry"):
             bare = self._events = []
             self._open = bytearray()
             self._unknown(line)
@@ -1610,8 +1614,8 @@ class Dialect:
     require_end = True
     #: whether the end of the body ends an answer that has its finish reason
     ends_with_body = False
-    #: counts of a usage that do not include others, by the names of _COUNTS
-    excluded: Mapping[str, tuple[str, ...]] = {}
+    #: counts of a usage, by the names of _COUNTS, that are not in the whole they are part of
+    excluded: frozenset[str] = frozenset()
     #: whether the end of a stream repeats the answer, which is held against what came
     compares = False
     #: names of events whose data must be readable; others are skipped where it is not
@@ -1730,13 +1734,12 @@ class Dialect:
         ``calls`` is true where there are tool calls, ``native`` is the reason in the words of a provider behind the
         provider, ``pause`` is what continues the answer.
         """
-        for word in (reason.lower(), native.lower()):
+        for word in (reason.lower().replace("-", "_"), native.lower().replace("-", "_")):
             if word in _PAUSES:
-                self._failure = StreamInterrupted(
-                    f"the vendor paused the answer ({word}): resume_point.pause holds what the next request must send "
-                    "back to continue it",
-                    retryable=False,
+                how = (
+                    "resume_point.pause holds what the next request must send back" if pause else "nothing continues it"
                 )
+                self._failure = StreamInterrupted(f"the vendor paused the answer ({word}): {how}", retryable=False)
                 self._failure._pause = pause or {}
             elif word in _FAILURES and self._failure is None:
                 self._failure = _finish_error(word)
@@ -1745,19 +1748,22 @@ class Dialect:
 
     def usage(self, wire: Any) -> Usage | None:
         """The usage so far, with what is counted here; None where nothing is. A 0 that comes last is no count"""
-        counts = _counts_in(_dict(wire))
+        counts = _counts_in(_dict(wire), self.excluded)
         for name, count in counts.items():
-            if count or name not in self._counts or (any(counts.values()) and name not in ("input", "output", "total")):
+            # a part of a whole that was counted with it may be 0 in the end
+            if count or name not in self._counts or counts.get(_PART_OF.get(name, "")):
                 self._counts[name] = count
         if not counts:
             return None
         known = {**dict.fromkeys(_COUNTS, 0), **self._counts}
-        for whole, parts in self.excluded.items():
-            known[whole] += sum(known[part] for part in parts)
-        output, reasoning, total = known["output"], known["reasoning"], known["total"]
-        if reasoning and total == known["input"] + output + reasoning:  # it stands beside the output (xAI)
+        reasoning, total = known["reasoning"], known["total"]
+        rest = total - known["input"] - known["output"]  # of the total, which says what the output includes
+        for part in self.excluded - ({"reasoning"} if rest == 0 else set()):
+            known[_PART_OF[part]] += known[part]
+        output = known["output"]
+        if reasoning and rest == reasoning and "reasoning" not in self.excluded:  # it is not part of the output (xAI)
             output += reasoning
-        total = total or known["input"] + output
+        total = max(total, known["input"] + output)
         read, written = known["cache_read"], known["cache_write"]
         return Usage(known["input"], output, total, read, written, reasoning, known.get("cost"))
 
@@ -1855,19 +1861,23 @@ class _OpenAI(Dialect):
         if payload is None:
             self.whole = self.whole or self.done  # Snowflake sends no finish reason
             return []
-        error = _reported_error(payload, event.event == "error")
+        groq = _dict(payload.get("x_groq"))
+        error = _reported_error(payload, event.event == "error") or _reported_error({"error": groq.get("error")})
         choices = [choice for choice in _list(payload.get("choices")) if isinstance(choice, dict)]
         named = Chunk(
-            usage=self._usage_in(payload, choices),
+            usage=next((self.usage(place["usage"]) for place in (payload, groq, *choices) if place.get("usage")), None),
             event_id=event.id or "",
             raw=payload,
             id=_text(payload.get("id")),
             model=_text(payload.get("model")),
         )
+        read = [self._delta(choice, position) for position, choice in enumerate(choices)]
+        self._begun.update(sent for sent, delta, _ in read if delta)
+        self._choices.note([sent for sent, _, _ in read], {sent for sent, _, content in read if content.text})
         chunks = []
-        for choice, sent, index in self._choices.indexed(choices, self._has_text):
-            error = error or _reported_error({"error": choice.get("error")})
-            chunks.append(self._choice(choice, sent, named._replace(index=index)))
+        for choice, (sent, delta, content) in zip(choices, read):
+            error = error or _reported_error(choice) or _reported_error({"error": delta.get("error")})
+            chunks.append(self._choice(choice, sent, delta, content, named))
         if not choices and ((error is None and "choices" in payload) or named.usage):  # else a ping, or the like
             chunks.append(named)
         self.finished, self.whole = self._choices.state
@@ -1875,96 +1885,95 @@ class _OpenAI(Dialect):
             self._failure = _stream_error(error)
         return chunks
 
-    @staticmethod
-    def _has_text(choice: dict[str, Any]) -> bool:
-        return bool(_content(_dict(choice.get("delta") or choice.get("message")).get("content")).text)
-
-    def _choice(self, choice: dict[str, Any], sent: int, named: Chunk) -> Chunk:
-        delta, index = choice.get("delta"), named.index
+    def _delta(self, choice: dict[str, Any], position: int) -> tuple[int, dict[str, Any], _Content]:
+        """The index of a choice as it was sent, what it brings, and the content of that"""
+        sent, delta = _count(choice.get("index"), position), choice.get("delta")
         if not isinstance(delta, dict):
             # one completion instead of a stream; at a stream's end a repetition of all that came
             delta = choice.get("message") if sent not in self._begun else None
         delta = _dict(delta)
-        if delta:
-            self._begun.add(sent)
-        reason = _text(choice.get("finish_reason"))
-        content = _content(delta.get("content"))
+        return sent, delta, _content(delta.get("content"))
+
+    def _choice(
+        self, choice: dict[str, Any], sent: int, delta: dict[str, Any], content: _Content, named: Chunk
+    ) -> Chunk:
+        index, reason = self._choices.index(sent), _text(choice.get("finish_reason"))
         reasoning = _reasoning(delta) or content.reasoning
         if reasoning or delta.get("reasoning_details") or delta.get("reasoning_opaque"):
             self._thoughts.setdefault(index, _Thoughts()).add(delta)
         calls = self._calls.setdefault(index, _ToolCalls())
-        chunk = named._replace(
-            text=content.text,
-            reasoning=reasoning,
-            refusal=_text(delta.get("refusal")) or content.refusal,
-            tool_calls=tuple(self._tool_calls(delta, calls, bool(reason))),
-        )
-        self._choices.note(chunk, sent, reason)
-        native = _text(choice.get("native_finish_reason"))
-        if not reason:
-            return chunk
-        finish = self.finish(reason, calls, native)
-        return chunk._replace(finish_reason=reason, finish=finish, vendor=self._vendor(index, calls))
-
-    def _vendor(self, choice: int, calls: _ToolCalls) -> dict[str, Any] | None:
-        """The reasoning that a conversation with tools cannot go on without (DeepSeek, OpenRouter, Copilot)"""
-        kept = self._thoughts[choice].message() if choice in self._thoughts and calls else None
-        return {self.name: kept} if kept else None
-
-    @staticmethod
-    def _tool_calls(delta: dict[str, Any], calls: _ToolCalls, is_last: bool) -> Iterator[ToolCall]:
         parts = delta.get("tool_calls")
         parts = [parts] if isinstance(parts, dict) else _list(parts)  # one object (TGI)
         if isinstance(delta.get("function_call"), dict):  # what tool_calls were called before
             parts = [*parts, {"function": delta["function_call"]}]
-        for position, part in enumerate(parts):
-            if isinstance(part, dict):
-                yield from calls.add(part, position)
-        if is_last:
-            yield from calls.end()
+        made = [call for position, part in enumerate(parts) for call in calls.add(_dict(part), sent, position)]
+        chunk = named._replace(
+            text=content.text,
+            reasoning=reasoning,
+            refusal=_text(delta.get("refusal")) or content.refusal,
+            tool_calls=(*made, *(calls.end() if reason else ())),
+            index=index,
+        )
+        self._choices.end(chunk, reason)
+        if not reason:
+            return chunk
+        finish = self.finish(reason, len(calls), _text(choice.get("native_finish_reason")))
+        return chunk._replace(finish_reason=reason, finish=finish, vendor=self._vendor(index))
 
-    def _usage_in(self, payload: dict[str, Any], choices: list[dict[str, Any]]) -> Usage | None:
-        for place in (payload, _dict(payload.get("x_groq")), *choices):  # the last is Moonshot's
-            if place.get("usage"):
-                return self.usage(place["usage"])
-        return None
+    def end(self) -> Iterator[Chunk]:
+        yield from super().end()
+        for index, calls in self._calls.items():
+            held = tuple(calls.end())
+            if held:
+                yield Chunk(index=index, tool_calls=held)
+
+    def _vendor(self, index: int) -> dict[str, Any] | None:
+        """The reasoning that a conversation with tools cannot go on without (DeepSeek, OpenRouter, Copilot)"""
+        is_needed = index in self._thoughts and len(self._calls[index]) and not self._choices.is_provisional
+        kept = self._thoughts[index].message() if is_needed else None
+        return {self.name: kept} if kept else None
 
 
 class _Choices:
     """Which choices a stream has, and whether they have ended
 
-    Where one was requested all are parts of it: an index may count tokens, from 1 (TGI), a tool call may have a choice
-    of its own (Copilot). But where choice 0 has text, another with text is another answer.
+    Where one was requested all are parts of it: an index may count tokens (TGI), a tool call may have a choice of its
+    own (Copilot). But two that carry text at the same time are two answers, and choice 0 is the one.
     """
 
-    def __init__(self, requested: int) -> None:
+    def __init__(self, requested: int, may_count: bool = True) -> None:
         self.are_apart = requested != 1
+        self._counts = may_count  # whether the indexes may be those of tokens: each larger than the one before it
         self._finished = dict.fromkeys(range(requested), False)
-        self._has_first = False  # whether choice 0 has text
-        self._is_provisional = False  # whether a finish reason was followed by more: then only the end marker counts
+        self._last = -1  # the last index
+        self._speaking: set[int] = set()  # the indexes that have had text
+        #: whether a finish reason was followed by more: then it ends nothing, and only the end marker counts
+        self.is_provisional = False
 
-    def indexed(
-        self, choices: list[dict[str, Any]], has_text: Callable[[dict[str, Any]], bool]
-    ) -> list[tuple[dict[str, Any], int, int]]:
-        """The choices of one event, each with its index as it was sent, and in our numbers"""
-        indexes = [_count(choice.get("index"), position) for position, choice in enumerate(choices)]
-        if any(indexes) and not self.are_apart:
-            speaking = {index for choice, index in zip(choices, indexes) if has_text(choice)}
-            self.are_apart = len(speaking) > 1 or (self._has_first and bool(speaking - {0}))
-        return [(choice, sent, sent if self.are_apart else 0) for choice, sent in zip(choices, indexes)]
+    def note(self, indexes: Sequence[int], speaking: set[int]) -> None:
+        """Notes the indexes of one event, as they were sent, and those that have text"""
+        is_next = len(indexes) == 1 and indexes[0] > self._last and not any(self._finished.values())
+        self._counts = self._counts and is_next
+        is_another = bool(self._speaking and speaking - self._speaking)
+        self.are_apart = self.are_apart or len(speaking) > 1 or (is_another and not self._counts)
+        self._speaking |= speaking
+        self._last = max(indexes, default=-1)
 
-    def note(self, chunk: Chunk, sent: int, reason: str) -> None:
-        """Notes a chunk, its index as it was sent, and the finish reason that came with it"""
-        self._has_first = self._has_first or bool(chunk.text and not sent)
+    def index(self, sent: int) -> int:
+        """The index of a choice in our numbers"""
+        return sent if self.are_apart else 0
+
+    def end(self, chunk: Chunk, reason: str) -> None:
+        """Notes whether a chunk ends its choice, or comes after its end"""
         ended = self._finished.get(chunk.index, False)
-        self._is_provisional = self._is_provisional or (ended and _says(chunk))
+        self.is_provisional = self.is_provisional or (ended and _says(chunk))
         self._finished[chunk.index] = ended or bool(reason)
 
     @property
     def state(self) -> tuple[bool, bool]:
         """Whether all have their finish reason, and whether that is final"""
         finished = all(self._finished.values())
-        return finished, finished and not self._is_provisional
+        return finished, finished and not self.is_provisional
 
 
 class _OpenCall:
@@ -1973,18 +1982,21 @@ class _OpenCall:
     #: how often its arguments are looked at for being whole: a text may hold many braces
     _TRIES = 16
 
-    def __init__(self, index: int, id: str, name: str) -> None:
+    def __init__(self, index: int, id: str = "", name: str = "") -> None:
         self.index, self.id, self.name = index, id, name
         #: an empty object, held back: it is all the arguments, or stands for those to come (Bedrock)
         self.held = ""
         self._arguments: list[str] = []
         self._tries = 0
 
-    def take(self, name: str, arguments: str) -> str | None:
-        """What arguments add to those that came; None where they begin another call"""
+    def take(self, arguments: str, name: str = "", is_text: bool = False) -> str | None:
+        """What arguments add to those that came; None where they begin another call
+
+        ``is_text`` says that they are free text, and no JSON.
+        """
         is_renamed = bool(name and self.name and name != self.name)
-        if arguments.lstrip()[:1] == "{" and not is_renamed:
-            if not any(self._arguments) and arguments.strip() == "{}":
+        if arguments.lstrip()[:1] == "{" and not (is_renamed or is_text):
+            if not self._arguments and arguments.strip() == "{}":
                 self.held = arguments
                 return ""
             whole = self._whole()
@@ -2005,56 +2017,62 @@ class _OpenCall:
         whole = _json("".join(self._arguments))
         return whole if isinstance(whole, dict) else None
 
+    def end(self) -> str:
+        """What was held back"""
+        held, self.held = self.held, ""
+        return held
+
 
 class _ToolCalls:
-    """The tool calls of one choice, from parts of them in whatever way a server sends these"""
+    """The tool calls of one answer, from parts of them in whatever way a server sends these"""
 
     def __init__(self) -> None:
-        self._calls: list[_OpenCall] = []
+        self._count = 0
         self._by_id: dict[str, _OpenCall] = {}
-        self._at: dict[int, _OpenCall] = {}  # by the index that the server sends
+        self._at: dict[tuple[int, int], _OpenCall] = {}  # by choice and index, as they were sent
+        self._last: dict[int, _OpenCall] = {}  # of each choice
+        self._held: dict[int, _OpenCall] = {}  # those that may hold something back
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return self._count
 
-    def add(self, part: dict[str, Any], position: int) -> Iterator[ToolCall]:
+    def add(self, part: dict[str, Any], choice: int, position: int) -> Iterator[ToolCall]:
         """What a part brings: the beginning of a call, more of one, or nothing new"""
         function = _dict(part.get("function")) or _dict(part.get("custom"))  # the latter has free text for input
         id, name = _text(part.get("id")), _text(function.get("name"))
         arguments = _arguments_text(function.get("arguments") or function.get("input"))
-        sent = _count(part.get("index"), position)
-        call = self._found(sent, id, name)
         if not (id or name or arguments):
             return
-        new = None if call is None else call.take(name, arguments)
+        place, is_text = (choice, _count(part.get("index"), position)), "custom" in part
+        call = self._found(place, id, name)
+        new = None if call is None else call.take(arguments, name, is_text)
         if call is None or new is None:
             if call is not None:  # it may have the id and the name of the one before it
                 id, name = id or ("" if name else call.id), name or call.name
-            call = _OpenCall(len(self._calls), id, name)
-            self._calls.append(call)
-            new = call.take(name, arguments) or ""
-        elif not new and (call.id or not id) and (call.name or not name):
-            self._at[sent] = call
-            return
-        call.id, call.name = call.id or id, call.name or name
-        self._at[sent] = self._by_id[call.id] = call
-        yield ToolCall(call.index, id, name, new)
+            call = _OpenCall(self._count)
+            self._count += 1
+            new = call.take(arguments, is_text=is_text) or ""
+        self._at[place] = call
+        if call.held:
+            self._held[call.index] = call
+        if new or (id and not call.id) or (name and not call.name):
+            call.id, call.name = call.id or id, call.name or name
+            self._by_id[call.id] = self._last[choice] = call
+            yield ToolCall(call.index, id, name, new)
 
-    def _found(self, sent: int, id: str, name: str) -> _OpenCall | None:
+    def _found(self, place: tuple[int, int], id: str, name: str) -> _OpenCall | None:
         """The call that a part may belong to"""
-        call = self._at.get(sent)
+        call = self._at.get(place)
         if id:  # with another id it is another call: some servers send index 0 for all
             return self._by_id.get(id) or (call if call is not None and not call.id else None)
-        if call is None and not name and self._calls:  # some count the parts
-            return self._calls[-1]
-        return call
+        return call if call is not None or name else self._last.get(place[0])  # some count the parts
 
     def end(self) -> Iterator[ToolCall]:
         """What was held back"""
-        for call in self._calls:
-            if call.held:
-                yield ToolCall(call.index, arguments=call.held)
-                call.held = ""
+        for call in self._held.values():
+            held = call.end()
+            if held:
+                yield ToolCall(call.index, arguments=held)
 
 
 #: where each count may stand in a usage
@@ -2090,13 +2108,18 @@ _COUNTS = {
 }
 
 
-def _counts_in(wire: dict[str, Any]) -> dict[str, Any]:
+#: which count the others are parts of
+_PART_OF = {"cache_read": "input", "cache_write": "input", "reasoning": "output"}
+
+
+def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]:
     """The counts of a usage, by the names of _COUNTS, and its cost; what is no count is missing"""
     counts = {}
+    wholes = {_PART_OF[part] for part in excluded}
     for name, places in _COUNTS.items():
-        count = max(_count(_at(wire, place), -1) for place in places)
-        if count >= 0:
-            counts[name] = count
+        found = [count for count in (_count(_at(wire, place), -1) for place in places) if count >= 0]
+        if found:  # the larger of two has more in it
+            counts[name] = min(found) if name in wholes else max(found)
     extra = _count(wire.get("toolUsePromptTokenCount"))  # Gemini counts it beside the input
     if extra:
         counts["input"] = counts.get("input", 0) + extra
@@ -2156,7 +2179,10 @@ class _Content(NamedTuple):
 
 
 #: the kinds of content parts whose text is no text of the answer
-_PART_KINDS = {"reasoning": "reasoning", "thinking": "reasoning", "reasoning_text": "reasoning", "refusal": "refusal"}
+_PART_KINDS = {
+    **dict.fromkeys(("reasoning", "thinking", "reasoning_text", "reasoning_content", "summary_text"), "reasoning"),
+    "refusal": "refusal",
+}
 
 
 def _content(content: Any) -> _Content:
@@ -2166,7 +2192,8 @@ def _content(content: Any) -> _Content:
     said: dict[str, str] = {}
     for part in content if isinstance(content, list) else [content]:
         kind = _PART_KINDS.get(_text(_dict(part).get("type")), "text")
-        said[kind] = said.get(kind, "") + _part_text(part)
+        text = _text(part) or _text(_dict(part).get("text")) if kind == "text" else _part_text(part)
+        said[kind] = said.get(kind, "") + text
     return _Content(**said)
 
 
@@ -2182,6 +2209,17 @@ def _part_text(part: Any, depth: int = 3) -> str:
 
 def _texts(parts: Iterable[Any]) -> str:
     return "".join(_text(_dict(part).get("text")) for part in parts)
+
+
+def _utf_16(text: str) -> bytes:
+    return text.encode("utf-16-le", "surrogatepass")
+
+
+def _rest(whole: str, came: str) -> str | None:
+    """What a text has beyond the beginning that came, be it half a character; None where it begins otherwise"""
+    begin = _utf_16(came)
+    rest = _utf_16(whole)
+    return rest[len(begin) :].decode("utf-16-le", "surrogatepass") if rest.startswith(begin) else None
 
 
 def _reasoning(delta: dict[str, Any]) -> str:
@@ -2227,6 +2265,14 @@ class _Thoughts:
         return {"reasoning_content": content} if content else {}
 
 
+def _new_call(id: str, name: str, arguments: str, calls: dict[Any, ToolCall]) -> Iterator[ToolCall]:
+    """A call that came whole, unless it came before under its id"""
+    key = (id, name, arguments) if id else len(calls)
+    if key not in calls:
+        calls[key] = ToolCall(len(calls), id, name, arguments)
+        yield calls[key]
+
+
 def _arguments_text(value: Any) -> str:
     """Arguments as text, which some send as an object"""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else _text(value)
@@ -2248,7 +2294,7 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _count(value: Any, default: int = 0) -> int:
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and value < 2**53:
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else default
 
@@ -2437,7 +2483,7 @@ class _Anthropic(Dialect):
     path = "/messages"
     roots = ("/v1",)
     headers: Mapping[str, str] = {"anthropic-version": "2023-06-01"}
-    excluded: Mapping[str, tuple[str, ...]] = {"input": ("cache_read", "cache_write")}
+    excluded = frozenset({"cache_read", "cache_write"})
 
     #: the fields that the kinds of delta add to
     _DELTAS = {
@@ -2456,7 +2502,7 @@ class _Anthropic(Dialect):
         self._id: str | None = None  # of the message that has begun
         self._blocks: list[_Part] = []
         self._open: dict[int, _Part] = {}  # the last block of each index: some proxies send none, which is 0
-        self._calls: dict[int, int] = {}  # the tool call that the block of an index is
+        self._calls: dict[int, _OpenCall] = {}  # the tool call that the block of an index is
         self._call_count = 0
         self._container = ""
         self._event_kinds: dict[str, Callable[[dict[str, Any], Chunk], Iterator[Chunk]]] = {
@@ -2575,7 +2621,8 @@ class _Anthropic(Dialect):
         payload = self.load(event)
         if payload is None:  # also [DONE], which some proxies send in place of message_stop
             return
-        kind = _text(payload.get("type")) or event.event
+        # a message is known by its type alone: any event without a name has this one
+        kind = _text(payload.get("type")) or (event.event if event.event != "message" else "")
         error = _reported_error(payload, "error" in (kind, event.event))
         if error is not None:
             raise _stream_error(error)
@@ -2596,7 +2643,8 @@ class _Anthropic(Dialect):
         yield named._replace(id=id, model=_text(message.get("model")), usage=self.usage(message.get("usage")))
 
     def _note_container(self, place: dict[str, Any]) -> None:
-        self._container = _text(_dict(place.get("container")).get("id")) or self._container
+        container = place.get("container")
+        self._container = _text(container) or _text(_dict(container).get("id")) or self._container
 
     def _block_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         index, block = _count(payload.get("index")), _dict(payload.get("content_block"))
@@ -2610,10 +2658,10 @@ class _Anthropic(Dialect):
         """What a block holds already, as it begins or whole"""
         kind = block.get("type")
         if kind == "tool_use":
-            self._calls[index] = self._call_count
+            self._calls[index] = _OpenCall(self._call_count)
             self._call_count += 1
             arguments = _arguments_text(block.get("input") or "")
-            call = ToolCall(self._calls[index], _text(block.get("id")), _text(block.get("name")), arguments)
+            call = ToolCall(self._calls[index].index, _text(block.get("id")), _text(block.get("name")), arguments)
             yield named._replace(tool_calls=(call,))
         elif kind == "text" and _text(block.get("text")):
             yield named._replace(text=block["text"])
@@ -2634,15 +2682,20 @@ class _Anthropic(Dialect):
             yield named._replace(text=piece)
         elif kind == "thinking_delta" and piece:
             yield named._replace(reasoning=piece)
-        elif kind == "input_json_delta" and piece and index in self._calls:
-            yield named._replace(tool_calls=(ToolCall(self._calls[index], arguments=piece),))
+        elif kind == "input_json_delta" and index in self._calls:
+            yield from self._arguments(self._calls[index], self._calls[index].take(piece), named)
+
+    @staticmethod
+    def _arguments(call: _OpenCall, arguments: str | None, named: Chunk) -> Iterator[Chunk]:
+        if arguments:
+            yield named._replace(tool_calls=(ToolCall(call.index, arguments=arguments),))
 
     def _block_stop(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         index = _count(payload.get("index"))
-        block = self._open.get(index, _Part({}))
-        if index in self._calls and block.get("input") and not block.has_more("partial_json"):
-            arguments = _arguments_text(block.get("input"))
-            yield named._replace(tool_calls=(ToolCall(self._calls[index], arguments=arguments),))
+        block, call = self._open.get(index, _Part({})), self._calls.get(index)
+        if call is not None:
+            given = "" if block.has_more("partial_json") else _arguments_text(block.get("input") or "")
+            yield from self._arguments(call, call.end() or given, named)
 
     def _message_delta(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         delta = _dict(payload.get("delta"))
@@ -2671,7 +2724,7 @@ class _Anthropic(Dialect):
         if not reason:
             return named
         self.finished = True
-        pause = {"content": blocks or [], **({"container": self._container} if self._container else {})}
+        pause = {"content": blocks, **({"container": self._container} if self._container else {})} if blocks else None
         # text alone can be told by the text
         kept = blocks if blocks and any(block.get("type") != "text" for block in blocks) else None
         return named._replace(
@@ -2729,7 +2782,7 @@ class _Gemini(Dialect):
 
     name = "gemini"
     ends_with_body = True
-    excluded: Mapping[str, tuple[str, ...]] = {"output": ("reasoning",)}
+    excluded = frozenset({"reasoning"})
     roots = ("/v1beta", "/v1alpha", "/v1")
 
     #: Gemini 3 wants its signature at the first call of an answer; this says that the call is not its own
@@ -2754,9 +2807,10 @@ class _Gemini(Dialect):
 
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
-        self._choices = _Choices(choices)
+        self._choices = _Choices(choices, may_count=False)
         self._whole: dict[int, _Parts] = {}  # of each candidate
-        self._call_count: dict[int, int] = {}
+        self._calls: dict[int, dict[Any, ToolCall]] = {}  # of each candidate
+        self._token: Any = None  # the last that a pause could be continued by
 
     @classmethod
     def url(cls, base_url: str, model: str, stream: bool) -> str:
@@ -2902,47 +2956,60 @@ class _Gemini(Dialect):
             self.whole = self.whole or bool(blocked)
             refused = named._replace(finish_reason=blocked, finish="refusal")
             return [refused] if blocked else [named] if named.usage else []
-        indexed = self._choices.indexed(candidates, self._has_text)
-        chunks = [self._candidate(candidate, sent, named._replace(index=index)) for candidate, sent, index in indexed]
+        error = next(filter(None, map(_reported_error, candidates)), None)
+        if error is not None:
+            self._failure = _stream_error(error)
+        parts = [list(map(_dict, _list(_dict(candidate.get("content")).get("parts")))) for candidate in candidates]
+        sent = [_count(candidate.get("index"), position) for position, candidate in enumerate(candidates)]
+        self._choices.note(sent, {index for index, said in zip(sent, parts) if self._texts(said, False)})
+        chunks = [
+            self._candidate(candidate, said, named._replace(index=self._choices.index(index)))
+            for candidate, index, said in zip(candidates, sent, parts)
+        ]
         self.finished, self.whole = self._choices.state
         return chunks
 
     @staticmethod
-    def _has_text(candidate: dict[str, Any]) -> bool:
-        parts = map(_dict, _list(_dict(candidate.get("content")).get("parts")))
-        return any(part.get("text") and not part.get("thought") for part in parts)
+    def _texts(parts: list[dict[str, Any]], are_thoughts: bool) -> str:
+        return _texts(part for part in parts if bool(part.get("thought")) is are_thoughts)
 
-    def _candidate(self, candidate: dict[str, Any], sent: int, named: Chunk) -> Chunk:
+    def _candidate(self, candidate: dict[str, Any], parts: list[dict[str, Any]], named: Chunk) -> Chunk:
         index = named.index
-        parts = [part for part in _list(_dict(candidate.get("content")).get("parts")) if isinstance(part, dict)]
         whole = self._whole.setdefault(index, _Parts())
         whole.extend(parts)
         reason = _text(candidate.get("finishReason"))
         chunk = named._replace(
-            text=_texts(part for part in parts if not part.get("thought")),
-            reasoning=_texts(part for part in parts if part.get("thought")),
-            tool_calls=tuple(self._tool_calls(parts, index)),
+            text=self._texts(parts, False),
+            reasoning=self._texts(parts, True),
+            tool_calls=tuple(self._tool_calls(parts, self._calls.setdefault(index, {}))),
         )
-        self._choices.note(chunk, sent, reason)
+        self._choices.end(chunk, reason)
+        self._token = candidate.get("continuationToken") or self._token
         if not reason:
             return chunk
-        token = candidate.get("continuationToken")
-        pause = {"continuationToken": token} if token else None
-        finish = self.finish(reason, self._call_count.get(index), pause=pause)
-        kept = {self.name: whole.parts()} if whole.are_special else None
+        pause = {"continuationToken": self._token} if self._token else None
+        finish = self.finish(reason, self._calls[index], pause=pause)
+        is_last = not self._choices.is_provisional  # else it is put together again with each chunk
+        kept = {self.name: whole.parts()} if whole.are_special and is_last else None
         return chunk._replace(finish_reason=reason, finish=finish, vendor=kept)
 
-    def _tool_calls(self, parts: list[dict[str, Any]], candidate: int) -> Iterator[ToolCall]:
+    def end(self) -> Iterator[Chunk]:
+        yield from super().end()
+        if self._choices.is_provisional:
+            for index, whole in self._whole.items():
+                if whole.are_special:
+                    yield Chunk(index=index, vendor={self.name: whole.parts()})
+
+    @staticmethod
+    def _tool_calls(parts: list[dict[str, Any]], calls: dict[Any, ToolCall]) -> Iterator[ToolCall]:
         for call in (_dict(part.get("functionCall")) for part in parts):
             if call:
-                index = self._call_count.get(candidate, 0)
-                self._call_count[candidate] = index + 1
                 if "partialArgs" in call or call.get("willContinue"):
                     raise InvalidStreamError(
                         "arguments of tool calls in parts (streamFunctionCallArguments) are not read"
                     )
                 arguments = _arguments_text(call.get("args") or {})
-                yield ToolCall(index, _text(call.get("id")), _text(call.get("name")), arguments)
+                yield from _new_call(_text(call.get("id")), _text(call.get("name")), arguments, calls)
 
 
 class _Responses(Dialect):
@@ -2973,12 +3040,11 @@ class _Responses(Dialect):
         self._last: dict[str, Any] = {}
         self._named = False
         # by output_index, or by the item's id where there is none
-        self._calls: dict[Any, ToolCall] = {}  # without their arguments
+        self._calls: dict[Any, _OpenCall] = {}
         self._thoughts: dict[Any, tuple[str, int]] = {}  # which kind of reasoning is returned, and which part of it
         self._items: dict[Any, dict[str, Any]] = {}
-        self._said = {field: _Pieces() for field, _ in self._TEXTS.values()}
-        # length and checksum of the text that came, by kind, output_index and part
-        self._came: dict[tuple[str, Any, int], tuple[int, int]] = {}
+        self._open: Any = ""  # the item that the last event was of
+        self._said: dict[tuple[str, Any, int], _Pieces] = {}  # the texts that came, by kind, output_index and part
         self.event_names = self.event_names.union(self._TERMINAL, (f"{kind}.delta" for kind in self._TEXTS))
 
     # Requests
@@ -3062,11 +3128,12 @@ class _Responses(Dialect):
         if payload is None:
             return
         kind = _text(payload.get("type")) or event.event
-        if not kind.startswith("response.") and payload.get("object") != "response":
-            error = _reported_error(payload, "error" in (kind, event.event))
-            if error is not None:
-                yield Chunk(event_id=event.id or "", raw=payload, finish_reason="failed", finish="other")
-                raise _stream_error(error)
+        is_known = kind.startswith("response.") or payload.get("object") == "response"
+        stated = {"error": payload.get("error")} if is_known else payload
+        error = _reported_error(stated, not is_known and "error" in (kind, event.event))
+        if error is not None and kind not in self._TERMINAL and payload.get("object") != "response":
+            yield Chunk(event_id=event.id or "", raw=payload, finish_reason="failed", finish="other")
+            raise _stream_error(error)
         if self._is_repeated(payload):
             return
         response = payload if payload.get("object") == "response" else _dict(payload.get("response"))
@@ -3077,7 +3144,7 @@ class _Responses(Dialect):
         if response is payload:
             yield from self._document(response, named)
         elif kind in self._TERMINAL:
-            yield from self._ended(kind.rpartition(".")[2], response, named)
+            yield from self._ended(kind.rpartition(".")[2], {"error": payload.get("error"), **response}, named)
         elif named.id or not response:
             yield from self._part_of_answer(kind, payload, named)
 
@@ -3117,76 +3184,92 @@ class _Responses(Dialect):
         return {name: value for name, value in payload.items() if name != "obfuscation"}
 
     def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
-        item = _dict(payload.get("item"))
+        item, part = _dict(payload.get("item")), _dict(payload.get("part"))
         index = payload.get("output_index")
         if not isinstance(index, int):
-            index = _text(payload.get("item_id")) or _text(item.get("id"))
+            index = _text(payload.get("item_id")) or _text(item.get("id")) or self._open
+        self._open = index
+        number = _count(payload.get("summary_index"), _count(payload.get("content_index")))
         base, _, ending = kind.rpartition(".")
         if base in self._TEXTS and ending in ("delta", "done"):
-            field, member = self._TEXTS[base]
-            part = _count(payload.get("summary_index"), _count(payload.get("content_index")))
-            place = (field if field == "arguments" else base, index, part)
-            text = _text(payload.get("delta" if ending == "delta" else member))
-            yield from self._piece(field, place, text, ending == "done", named)
+            member = "delta" if ending == "delta" else self._TEXTS[base][1]
+            yield from self._piece(base, index, number, _text(payload.get(member)), ending == "done", named)
+        elif kind in ("response.content_part.done", "response.reasoning_summary_part.done"):
+            yield from self._parts(index, [part], number, named)
         elif kind in ("response.output_item.added", "response.output_item.done"):
             if ending == "done":
                 self._items[index] = item
-            yield from self._item(index, item, named)
+            yield from self._item(index, item, ending == "done", named)
         elif named.id:
             yield named
 
-    def _piece(
-        self, field: str, place: tuple[str, Any, int], text: str, is_whole: bool, named: Chunk
-    ) -> Iterator[Chunk]:
+    def _piece(self, base: str, index: Any, number: int, text: str, is_whole: bool, named: Chunk) -> Iterator[Chunk]:
         """A piece of text, or what a whole has beyond the pieces that came"""
-        kind, index, part = place
-        call = self._calls.get(index) if field == "arguments" else None
+        field, call = self._TEXTS[base][0], self._calls.get(index)
         if field == "arguments" and call is None:
             return  # its item has them too
-        length, checksum = self._came.get(place, (0, 0))
+        place = (field if field == "arguments" else base, index, number)
+        pieces = self._said.setdefault(place, _Pieces())
         if is_whole:
-            # where nothing came under this number it may have come under another (Copilot)
-            is_known = not length and self._said[field].ends_with(text)
-            text = "" if is_known or _text_checksum(text[:length]) != checksum else text[length:]
-            if not text:
-                return
-        self._came[place] = length + len(text), _text_checksum(text, checksum)
-        self._said[field].append(text)
-        if call is not None:
-            if text:
-                yield named._replace(tool_calls=(ToolCall(call.index, arguments=text),))
+            text = _rest(text, "".join(pieces)) or ""
+        if not text:
+            return
+        if field == "arguments" and call is not None:
+            text = call.take(text, is_text=base == "response.custom_tool_call_input") or ""
+        if not text:
+            return
+        pieces.append(text)
+        if field == "arguments" and call is not None:
+            yield named._replace(tool_calls=(ToolCall(call.index, arguments=text),))
         elif field == "reasoning":
             # an item's summary or its whole text, not both; parts of it are paragraphs
-            first, before = self._thoughts.setdefault(index, (kind, part))
-            if first == kind:
-                self._thoughts[index] = (kind, part)
-                yield named._replace(reasoning=text if part == before else "\n\n" + text)
+            first, before = self._thoughts.setdefault(index, (base, number))
+            if first == base:
+                self._thoughts[index] = (base, number)
+                yield named._replace(reasoning=text if number == before else "\n\n" + text)
         else:
             yield _chunk_with(named, field, text)
 
-    def _item(self, index: Any, item: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _parts(self, index: Any, parts: Iterable[Any], first: int, named: Chunk) -> Iterator[Chunk]:
+        """What is new in whole parts of an item"""
+        for number, part in enumerate(map(_dict, parts), first):
+            kind = _text(part.get("type"))
+            base = "response.reasoning_summary_text" if kind == "summary_text" else f"response.{kind}"
+            if base in self._TEXTS:
+                yield from self._piece(base, index, number, _text(part.get(self._TEXTS[base][1])), True, named)
+
+    def _item(self, index: Any, item: dict[str, Any], is_whole: bool, named: Chunk) -> Iterator[Chunk]:
         """A tool call as it begins, or what is new in an item as it ends"""
         kind = _text(item.get("type"))
         if kind in ("function_call", "custom_tool_call"):
             if index not in self._calls:
-                self._calls[index] = ToolCall(len(self._calls), _text(item.get("call_id")), _text(item.get("name")))
-                yield named._replace(tool_calls=(self._calls[index],))
-            arguments = _text(item.get("arguments")) or _text(item.get("input"))
-            yield from self._piece("arguments", ("arguments", index, 0), arguments, True, named)
-        for part, content in enumerate(map(_dict, _list(item.get("summary")))):
-            place = ("response.reasoning_summary_text", index, part)
-            yield from self._piece("reasoning", place, _text(content.get("text")), True, named)
-        for part, content in enumerate(map(_dict, _list(item.get("content")))):
-            base = "response." + _text(content.get("type"))
-            if base in self._TEXTS:
-                field, member = self._TEXTS[base]
-                yield from self._piece(field, (base, index, part), _text(content.get(member)), True, named)
+                call = ToolCall(len(self._calls), _text(item.get("call_id")), _text(item.get("name")))
+                self._calls[index] = _OpenCall(call.index, call.id, call.name)
+                yield named._replace(tool_calls=(call,))
+            if not is_whole:
+                return
+            base = "function_call_arguments" if kind == "function_call" else "custom_tool_call_input"
+            text = _text(item.get("arguments") or item.get("input"))
+            yield from self._piece(f"response.{base}", index, 0, text, True, named)
+            held = self._calls[index].end()
+            if held:
+                self._said["arguments", index, 0].append(held)
+                yield named._replace(tool_calls=(ToolCall(self._calls[index].index, arguments=held),))
+        else:
+            content = list(map(_dict, _list(item.get("content"))))
+            if kind == "reasoning":
+                content = [{**part, "type": "reasoning_text"} for part in content]  # "text" with some servers
+            summary = [{"type": "summary_text", **_dict(part)} for part in _list(item.get("summary"))]
+            yield from self._parts(index, summary, 0, named)
+            yield from self._parts(index, content, 0, named)
 
-    def _ended(self, status: str, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _ended(self, kind: str, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """The last chunks of an answer, and the error where it is one"""
+        inner = _text(response.get("status"))
+        status = inner if inner in ("failed", "incomplete", "cancelled") else kind
         if status == "cancelled":
             raise StreamInterrupted("the response was cancelled before it was whole", retryable=False)
-        error = _reported_error(response)
+        error = _reported_error({"error": response.get("error")})
         status = "failed" if error else status
         items = [item for item in _list(response.get("output")) if isinstance(item, dict)]
         yield from self._missing(items, named)
@@ -3205,22 +3288,31 @@ class _Responses(Dialect):
 
     def _missing(self, items: list[dict[str, Any]], named: Chunk) -> Iterator[Chunk]:
         """What the whole answer has and its pieces had not"""
+        said = {field: self._all_said(field) for field in ("text", "refusal", "reasoning")}
         indexes = {call.id: index for index, call in self._calls.items()}  # which the whole may count otherwise
-        for item in items:
+        for position, item in enumerate(items):
             kind, id = item.get("type"), _text(item.get("call_id"))
-            if kind != "message" and not (kind == "reasoning" and self._said["reasoning"]):
-                yield from self._item(indexes.get(id, id or _text(item.get("id"))), item, named)
+            if kind in ("function_call", "custom_tool_call"):
+                yield from self._item(indexes.get(id, ("whole", position)), item, True, named)
+            elif kind == "reasoning" and not said["reasoning"]:
+                yield from self._item(("whole", position), item, True, named)
         contents = [_list(item.get("content")) for item in items if item.get("type") == "message"]
-        for field, member in (("text", "text"), ("refusal", "refusal")):
-            said = "".join(self._said[field])
-            whole = "".join(_text(_dict(part).get(member)) for content in contents for part in content)
-            if whole.startswith(said):
-                if whole[len(said) :]:
-                    yield _chunk_with(named, field, whole[len(said) :])
-            elif not said.endswith(whole):  # vLLM's whole is only the last piece
+        for field in ("text", "refusal"):
+            whole = "".join(_text(_dict(part).get(field)) for content in contents for part in content)
+            rest = _rest(whole, said[field])
+            if rest is None and not _utf_16(said[field]).endswith(_utf_16(whole)):
                 raise InvalidStreamError(
                     f"the pieces of the {field} are not what its whole is, which ends {_excerpt(whole[-50:])}"
                 )
+            if rest:
+                yield _chunk_with(named, field, rest)
+
+    def _all_said(self, field: str) -> str:
+        """All pieces of a kind together, in the order of their items"""
+        places = [place for place in self._said if self._TEXTS.get(place[0], ("", ""))[0] == field]
+        if all(isinstance(index, int) for _, index, _ in places):
+            places.sort(key=lambda place: place[1:])
+        return "".join(["".join(self._said[place]) for place in places])
 
     def _document(self, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """One response instead of a stream"""
@@ -3260,7 +3352,7 @@ class _Ollama(Dialect):
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
         self._thoughts: list[str] = []
-        self._call_count = 0
+        self._calls: dict[Any, ToolCall] = {}
 
     @classmethod
     def endpoint(cls, base_url: str, path: str) -> str:
@@ -3358,18 +3450,17 @@ class _Ollama(Dialect):
         yield chunk
 
     def _tool_calls(self, message: dict[str, Any]) -> Iterator[ToolCall]:
-        for call in _list(message.get("tool_calls")):
-            function = _dict(_dict(call).get("function"))
+        for call in map(_dict, _list(message.get("tool_calls"))):
+            function = _dict(call.get("function"))
             arguments = _arguments_text(function.get("arguments") or {})
-            yield ToolCall(self._call_count, _text(_dict(call).get("id")), _text(function.get("name")), arguments)
-            self._call_count += 1
+            yield from _new_call(_text(call.get("id")), _text(function.get("name")), arguments, self._calls)
 
     def _finished(self, payload: dict[str, Any], chunk: Chunk) -> Chunk:
         reason = _text(payload.get("done_reason")) or "stop"  # older servers give none
-        kept = {"thinking": "".join(self._thoughts)} if self._thoughts and self._call_count else None
+        kept = {"thinking": "".join(self._thoughts)} if self._thoughts and self._calls else None
         return chunk._replace(
             finish_reason=reason,
-            finish=self.finish(reason, self._call_count),
+            finish=self.finish(reason, self._calls),
             usage=self.usage(payload),
             vendor={self.name: kept} if kept else None,
         )
@@ -3493,17 +3584,19 @@ class _Reported:
         if self.statuses:
             return not self.statuses.isdisjoint(RETRYABLE_STATUS)
         words = f"{self.code or ''} {self.type}"
-        return re.search(_PASSING, words) is not None or re.search(_BUSY, f"{words} {self.message}") is not None
+        if re.search(_PASSING, words):
+            return True
+        return not re.search(_LASTING, words) and re.search(_BUSY, f"{words} {self.message}") is not None
 
 
 #: where servers put an error's words, its code, and the HTTP status that it would have had
 _MESSAGES = ("message", "detail", "msg", "error_message", "error_msg", "errorMessage", "status_msg", "error", "errors")
 _CODES = ("code", "error_code", "errorCode", "status_code")
 _STATUSES = (*_CODES, "status", "statusCode", "http_code", "http_status", "raw_status_code")
-#: codes that say that nothing is wrong
-_GOOD_CODES = frozenset({"", "0", "200", "ok", "success", "none", "false"})
+#: codes and words that say that nothing is wrong
+_GOOD = re.compile(r"(?i)(0|2\d\d|20000|ok|success|none|null|false)?$")
 #: MiniMax's codes of failures that may pass, as the HTTP statuses that they mean
-_MINIMAX = {1000: 500, 1001: 408, 1002: 429}
+_MINIMAX = {"1000": 500, "1001": 408, "1002": 429}
 
 
 def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
@@ -3517,8 +3610,8 @@ def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
         return None
     places = (error, payload, _dict(error.get("metadata")))
     statuses = {_status_in(place.get(name)) for place in places for name in _STATUSES}
-    if "status_msg" in error:
-        statuses = {_MINIMAX.get(_count(error.get("status_code")), 0)}
+    if error is _dict(payload.get("base_resp")):
+        statuses = {_MINIMAX.get(str(error.get("status_code")), 0)}
     codes = [_code(place.get(name)) for place in places[:2] for name in _CODES]
     codes.append(_code(_dict(error.get("details")).get("error_code")))
     types = [_text(error.get("type")), _text(error.get("status"))]
@@ -3535,28 +3628,41 @@ def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
 
 def _error_object(payload: dict[str, Any], certain: bool) -> dict[str, Any] | None:
     """The part of a payload that says what went wrong, None where nothing did"""
-    error = payload.get("error") or payload.get("errors")
-    if isinstance(error, list) and error:
-        error = error[0]
-    if isinstance(error, str) and error:  # Ollama, xAI, TGI
-        error = {"message": error}
-    if error and isinstance(error, dict):
+    named = payload.get("error") or payload.get("errors")
+    if isinstance(named, list) and named:
+        named = named[0]
+    if isinstance(named, str) and named:  # Ollama, xAI, TGI
+        named = {"message": named}
+    error = _dict(named)
+    if error and not _is_success(error):
         return error
     minimax = _dict(payload.get("base_resp"))
     if _is_bad(minimax.get("status_code")):
         return minimax
-    named = any(_text(payload.get(name)) for name in ("error_message", "error_msg", "errorMessage"))  # DeepInfra
-    if certain or error or named or "error" in (payload.get("object"), payload.get("type")):
+    if certain or (named and not error) or payload.get("object") == "error":
         return payload
-    if payload.get("choices") or payload.get("candidates"):
-        return None
-    coded = any(_is_bad(payload.get(name)) for name in _CODES) and any(_text(payload.get(name)) for name in _MESSAGES)
-    return payload if coded or payload.get("detail") else None
+    message = _error_message(payload)
+    is_answer = payload.get("choices") or payload.get("candidates")
+    is_error = (
+        any(_text(payload.get(name)) for name in ("error_message", "error_msg", "errorMessage"))  # DeepInfra
+        or any(_is_bad(payload.get(name)) for name in _CODES)
+        or any(_status_in(payload.get(name)) for name in _STATUSES)
+        or "error" in _text(payload.get("type"))
+        or (payload.get("detail") and not is_answer)
+        or payload.keys() <= {"message", "request_id"}
+    )
+    return payload if payload.get("type") == "error" or (is_error and not _GOOD.match(message)) else None
+
+
+def _is_success(error: dict[str, Any]) -> bool:
+    """Whether a code says that nothing is wrong, and no message says that something is"""
+    codes = [error[name] for name in _CODES if name in error]
+    return bool(codes) and not any(map(_is_bad, codes)) and _GOOD.match(_error_message(error)) is not None
 
 
 def _is_bad(code: Any) -> bool:
     """Whether a code is one, and says that something is wrong"""
-    return _code(code) is not None and str(code).lower() not in _GOOD_CODES
+    return _code(code) is not None and not _GOOD.match(str(code))
 
 
 def _status_in(value: Any) -> int:
@@ -3586,7 +3692,9 @@ _PASSING = (
     r"|exhausted|network_error|abort|insufficient_system_resource"
 )
 #: the same in any words
-_BUSY = r"(?i)throttl|overload|rate.?limit|too many requests"
+_BUSY = r"(?i)throttl|overload|rate.?limit|too.?many.?requests|\b(at|over) capacity"
+#: how they call what another attempt does not mend, whatever the message speaks of
+_LASTING = r"(?i)invalid|not_?found|bad_?request|unsupported|permission|auth|forbidden|denied"
 
 
 def _stream_error(reported: _Reported) -> StreamError:
@@ -3623,9 +3731,12 @@ _MODEL_MESSAGE = r"(?is)\bmodels?\b.*\b(not found|does not exist|not exist)\b|\b
 _KEY_MESSAGE = r"(?i)\bAPI_KEY_INVALID\b|\b(incorrect|invalid) api key\b"
 #: a country that the provider does not serve (OpenAI, Gemini, Anthropic)
 _COUNTRY_MESSAGE = (
-    r"(?i)\b(country|region|territory|location)\b.*\b(not |un)(supported|available|allowed)\b"
-    r"|\bunsupported (country|region|location)\b|\brequest not allowed\b"
+    r"(?i)\b(country|region|territory|location)\b[^.;]{0,40}\b(not |un)(supported|available|allowed)\b"
+    r"|\b(not |un)(supported|available|allowed)\b[^.;]{0,40}\b(country|region|territory|location)\b"
+    r"|\brequest not allowed\b|\bcheck your network settings\b"
 )
+#: how a page begins, and Cloudflare's words in the place of one
+_PAGE = rb"(?i)\s*(<|error code: 1\d\d\d)"
 
 
 def _is_quota(status: int, reported: _Reported) -> bool:
@@ -3669,14 +3780,6 @@ _ADVICE: dict[type[SheepError], str] = {
     ModelNotFoundError: "check the model's name, and that the key may use it",
     ServerError: "the provider is failing or overloaded; try again later",
 }
-#: for statuses of 500 and above that no other attempt mends
-_FINAL_ADVICE = {
-    501: "the server does not support this request",
-    505: "the server does not support this version of HTTP",
-    511: "the network wants a login first",
-    525: "Cloudflare has no TLS connection to the provider",
-    526: "Cloudflare does not trust the certificate of the provider",
-}
 
 
 def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", where: str = "") -> SheepError:
@@ -3685,8 +3788,8 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", wh
     if payload is _NO_JSON:
         payload = _payload_in_events(body)
     reported = _reported_error(payload, certain=payload is not _NO_JSON) or _Reported("")
-    is_page = _media_type(headers.get("content-type") or "") == "text/html" or body.lstrip()[:1] == b"<"
-    kind = _error_class(status, reported, is_page)
+    is_html = _media_type(headers.get("content-type") or "") == "text/html" or re.match(_PAGE, body) is not None
+    kind = _error_class(status, reported, payload is _NO_JSON and is_html)
     says = {"true": True, "false": False}.get((headers.get("x-should-retry") or "").strip().lower())
     request_id = headers.get("x-request-id") or headers.get("request-id") or reported.request_id or None
     error = kind(
@@ -3703,18 +3806,14 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", wh
 
 
 def _payload_in_events(body: bytes) -> Any:
-    """The first JSON in a body that is framed as a stream, or _NO_JSON"""
-    if body.lstrip()[:1] == b"{":
-        decoder: SSEDecoder | _JSONDecoder = _JSONDecoder()
-    elif re.match(_FIRST_LINE, body.lstrip()):
-        decoder = _AnswerDecoder()
-    else:
-        return _NO_JSON
+    """The error in a body that is framed as a stream, or _NO_JSON"""
     with contextlib.suppress(InvalidStreamError):
-        for event in [*decoder.feed(body), *decoder.flush()]:
+        for event in _decoded([body], _AnswerDecoder()):
             payload = _json(event.data)
-            if payload is not _NO_JSON or event.event == "error":
-                return {"error": event.data} if payload is _NO_JSON else payload
+            if payload is _NO_JSON and event.event == "error":
+                payload = {"error": event.data}
+            if _reported_error(payload, event.event == "error") is not None:
+                return payload
     return _NO_JSON
 
 
@@ -3736,10 +3835,11 @@ def _status_message(
     elif not said:
         content_type = headers.get("content-type") or "no Content-Type"
         said = f"{content_type} with {_excerpt(body)}" if body.strip() else "no message"
-    advice = _FINAL_ADVICE.get(status) or _ADVICE.get(kind)
+    advice = _ADVICE.get(kind) if kind is not ServerError or status in RETRYABLE_STATUS else ""
     if status == 403 and kind is InvalidRequestError:
         country = "the provider does not serve this country or region"
-        advice = country if reported.message else "a firewall before the provider refused the request, not the key"
+        firewall = "a firewall before the provider refused the request, not the key"
+        advice = country if _is_of_country(reported) else firewall
     elif not advice and not reported.message:
         advice = f"is {where or 'the base URL'} the right address?"
     return f"{status} from {where or 'the server'}: {said.strip()}" + (f" ({advice})" if advice else "")
@@ -5491,6 +5591,31 @@ def _plain_blocks(raw: Any, answer: _HTTPResponse) -> Iterator[bytes]:
 
 
 def _limited_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]:
+    """The blocks of a body, within the limits of the wire; InvalidStreamError where nothing here decodes it"""
+    blocks, encoding = _blocks_in_time(response, wire), _undecodable(response)
+    return _readable(blocks, response, encoding) if encoding else blocks
+
+
+def _readable(blocks: Iterable[bytes], response: requests.Response, encoding: str) -> Iterator[bytes]:
+    """The same blocks, as long as they are text: some servers give an encoding that is none ("utf-8", "none")"""
+    undecoded = InvalidStreamError(
+        f"the answer from {_public_url(response.url)} has the Content-Encoding {encoding}, which nothing here decodes: "
+        "install the package that does (brotli, zstandard), or have the server or proxy not use it"
+    )
+    if "," in response.headers["Content-Encoding"]:  # of several, urllib3 takes each for one that it knows
+        raise undecoded
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for block in blocks:
+        try:
+            is_text = not re.search("[\0-\10]", decoder.decode(block))
+        except UnicodeDecodeError:
+            is_text = False
+        if not is_text:
+            raise undecoded
+        yield block
+
+
+def _blocks_in_time(response: requests.Response, wire: _Wire) -> Iterator[bytes]:
     """The blocks of a body, within the limits of the wire also where the session is the caller's own"""
     answer = getattr(response.raw, "_original_response", None)
     if isinstance(answer, _WireResponse):  # which reads through a _WireReader
@@ -5832,7 +5957,9 @@ def _is_number(*ids: str) -> bool:
 
 
 def _checksum(event: ServerSentEvent) -> int:
-    return _text_checksum(f"{event.event}\n{event.data}")
+    import zlib
+
+    return zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))
 
 
 def _another_answer() -> StreamInterrupted:
@@ -7757,20 +7884,14 @@ class _Call:
             raise InvalidStreamError(
                 f"expected an answer from {self._where}, got status 204, which has none", status=204
             )
-        encoding = _undecodable(response)
         if 200 <= response.status_code < 300:
-            if encoding:
-                raise InvalidStreamError(
-                    f"the answer from {self._where} has the Content-Encoding {encoding}, which nothing here decodes: "
-                    "install the package that does (brotli, zstandard), or have the server or proxy not use it"
-                )
             if self.clock.answered is None:
                 self.clock.answered = self._answered_at
             if self._plain:  # it was that which was refused: the client need not ask for it again
                 self._refusing.add(self._target.base_url)
             return response
         try:
-            body = b"" if encoding else _error_body(response, self.wire)
+            body = _error_body(response, self.wire)
         finally:
             response.close()
         # so that .text and .json() of the error's response work, though it is closed
@@ -8150,6 +8271,7 @@ def _refused_with_200(error: StreamError) -> InvalidStreamError:
         f"expected an answer, got status 200 with an error: {said}",
         vendor_code=error.vendor_code,
         request_id=error.request_id,
+        retryable=error.retryable,
     )
 
 

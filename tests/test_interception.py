@@ -335,8 +335,9 @@ def test_http_2_through_niquests(tmp_path):
         try:
             port = next(line for line in process.stderr if "Running on" in line).split(":")[-1].split()[0]
             with niquests.Session() as session:
-                session.verify = str(tmp_path / "authority.pem")
-                client = sheepsse.Client(base_url=f"https://localhost:{port}/v1", api_key=False, session=session)
+                verify = str(tmp_path / "authority.pem")
+                url = f"https://localhost:{port}/v1"
+                client = sheepsse.Client(base_url=url, api_key=False, session=session, verify=verify)
                 stream = client.stream("Go", model="m")
                 assert list(stream) == WORDS
                 assert stream.response.headers["x-version"] == "2"

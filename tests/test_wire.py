@@ -11,7 +11,7 @@ import pytest
 
 import local_provider
 import sheepsse
-from conftest import asking, folder_of, read
+from conftest import asking, read
 from local_provider import Answer
 from sheepsse import (
     AuthenticationError,
@@ -159,6 +159,47 @@ ERRORS = {
         False,
     ),
     "overload in words alone": ({"error": "Model is overloaded"}, "overloaded", True),
+    "a type that names an error": ({"type": "server_error", **oops()}, "It broke", True),
+    "words alone": ({**oops(), "request_id": "r-1"}, "It broke", False),
+    "a code in the details": ({"error": oops(details={"error_code": "rate_limit_reached"})}, "It broke", True),
+    **{
+        f"{name} and message": ({name: 502, **oops()}, "It broke", True)
+        for name in ("status", "statusCode", "status_code", "http_code", "http_status", "error_code", "errorCode")
+    },
+    **{
+        f"base_resp with {code!r}": ({"base_resp": {"status_code": code, "status_msg": "It broke"}}, "It broke", True)
+        for code in (1000, 1001, "1002")
+    },
+    **{
+        f"the words in {name}": ({"error": {"code": 502, name: "It broke"}}, "It broke", True)
+        for name in ("msg", "detail", "error_message", "error_msg", "errorMessage", "error")
+    },
+    **{
+        f"type {word}": ({"error": oops(type=word)}, "It broke", True)
+        for word in (
+            "api_error",
+            "internal_error",
+            "overloaded_error",
+            "service_unavailable",
+            "timeout",
+            "timed_out",
+            "rate_limit_error",
+            "too_many_requests",
+            "RESOURCE_EXHAUSTED",
+            "network_error",
+            "abort",
+            "insufficient_system_resource",
+        )
+    },
+    **{
+        f"in words alone: {words}": ({"error": oops(message=f"It broke: {words}")}, "It broke", True)
+        for words in ("Request was throttled", "Rate limit reached", "Too many requests", "the model is at capacity")
+    },
+    "busy words about what was requested": (
+        {"error": {"type": "invalid_request_error", "message": "no overload of tool 'throttle' takes this"}},
+        "no overload",
+        False,
+    ),
 }
 BEGUN = {
     "openai": GOOD,
@@ -188,6 +229,12 @@ PLACES = {
     "as an event of this name": b'event: error\ndata: {"message":"It broke"}\n\n',
     "as text in an event of this name": b"event: error\ndata: It broke\n\n",
     "in a list of one": b'data: [{"error":{"message":"It broke"}}]\n\n',
+    "bare, in a list": b'[{"error":{"message":"It broke"}}]\n\n',
+    "bare, in a list on several lines": b'[{\n  "error": {\n    "message": "It broke"\n  }\n}\n]\n',
+    "bare, indented": b'  {"error":{"message":"It broke"}}\n\n',
+    "bare, after a line that only looks like JSON": b'{oops\n[1] done\n{"error":{"message":"It broke"}}\n\n',
+    "in a field, before another name": b'error: {"message":"It broke"}\nevent: message\n\n',
+    "in a field, amid an event": b'error: {"message":"It broke"}\ndata: [DONE]\n\n',
 }
 
 
@@ -201,9 +248,10 @@ def test_an_error_is_one_wherever_it_stands(place, dialect, end, block):
     check(failing(place, dialect, body, "It broke"), *read_answer(dialect, blocks))
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [place for place in PLACES if "only looks" not in place])
 def test_an_error_before_the_first_word_is_one_over_a_socket(server, client, place):
-    server.answer(Answer(body=PLACES[place] + b"data: [DONE]\n\n", content_type="text/event-stream"))
+    body = PLACES[place].lstrip() if place.startswith("bare") else PLACES[place]
+    server.answer(Answer(body=body + b"data: [DONE]\n\n", content_type="text/event-stream"))
     came, error = read(client.stream("Go", resume="never"))
     assert came == []
     assert isinstance(error, StreamError)
@@ -215,12 +263,66 @@ def test_a_bare_object_without_its_line_end_is_read_at_the_end():
     check(failing("", "openai", body, "It broke"), *read_answer("openai", body))
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_an_error_in_a_field_at_the_end_is_read_without_its_blank_line(end):
+    body = sse(*GOOD) + f"error: It broke{end}".encode()
+    check(failing("", "openai", body, "It broke"), *read_answer("openai", body))
+
+
+def test_a_bare_error_after_a_mark_of_the_byte_order_is_read():
+    body = b'\xef\xbb\xbf{"error":{"message":"It broke"}}\n\n' + sse(DONE)
+    assert "It broke" in str(read(sheepsse.iter_chunks(stream_events([body]), "openai", choices=1))[1])
+
+
 def test_lines_that_are_no_fields_and_no_json_mean_nothing_still():
-    body = sse(*GOOD, b"{oops}\n", b"errors: none\n\n", b"warning: {}\n\n", STOP, DONE)
+    lines = [b"{oops}\n", b"errors: none\n\n", b"warning: {}\n\n", b"[INFO] on\n\n", b"[\n\n", b"error:\n\n"]
+    body = sse(*GOOD, *lines, b"error: null\n\n", STOP, DONE)
     check(Case("", "openai", body), *read_answer("openai", body))
 
 
-@pytest.mark.parametrize("code", [0, "0", 200, "", "success", "OK"])
+def test_a_bare_end_marker_is_one():
+    body = sse(*GOOD, b"[DONE]\n\n", *says(" more"))
+    check(Case("", "openai", body, finish=None), *read_answer("openai", body))
+
+
+BESIDE = {
+    "code": ({"code": 502, **oops()}, True),
+    "a code as text": ({"code": "InvalidParameter", **oops()}, False),
+    "status": ({"status_code": 429, **oops()}, True),
+    "error": ({"error": oops()}, False),
+    "error_message": ({"error_message": "It broke"}, False),
+    "x_groq": ({"x_groq": {"error": "It broke"}}, False),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_an_error_beside_choices_is_one(name):
+    fields, retryable = BESIDE[name]
+    body = sse(*GOOD, {**chunk({"content": "!"}), **fields}, STOP, DONE)
+    check(failing(name, "openai", body, "It broke", retryable, text="Good!"), *read_answer("openai", body))
+
+
+def test_a_detail_beside_choices_or_candidates_is_no_error():
+    for dialect, end in (("openai", STOP), ("gemini", said("", finish="STOP"))):
+        body = sse(*BEGUN[dialect], {**end, "detail": "low"})
+        check(Case("", dialect, body), *read_answer(dialect, body))
+
+
+@pytest.mark.parametrize(
+    "error", [{"code": 0, "message": ""}, {"code": None, "message": None}, {"code": "", "message": "success"}, {}]
+)
+def test_an_error_object_that_says_that_all_is_well_is_none(error):
+    body = sse(*says("Good", error=error), {**STOP, "error": error}, DONE)
+    check(Case("", "openai", body), *read_answer("openai", body))
+
+
+@pytest.mark.parametrize("fields", [{"error_code": 0, "error_msg": "success"}, {"code": 10000, "msg": "SUCCESS"}])
+def test_a_message_that_says_that_all_is_well_is_no_error(fields):
+    body = sse(*says("Good", **fields), {**STOP, **fields}, DONE)
+    check(Case("", "openai", body), *read_answer("openai", body))
+
+
+@pytest.mark.parametrize("code", [0, "0", 200, 20000, "", "success", "OK", "None", "false"])
 def test_a_code_that_says_that_all_is_well_is_no_error(code):
     fields = {"code": code, "message": "Success", "error": None, "errors": [], "detail": None}
     well = {**fields, "base_resp": {"status_code": 0, "status_msg": "success"}}
@@ -232,6 +334,19 @@ def test_an_error_inside_a_choice_is_one():
     choice = {"index": 0, "delta": {"content": "!"}, "finish_reason": "error", "error": oops(code=502)}
     body = sse(*GOOD, {"choices": [{**choice, "native_finish_reason": "error"}]}, DONE)
     check(failing("", "openai", body, "It broke", True, text="Good!"), *read_answer("openai", body))
+    body = sse(*GOOD, chunk({"content": "!", "error": oops()}), STOP, DONE)
+    check(failing("", "openai", body, "It broke", text="Good!"), *read_answer("openai", body))
+    candidate = {**said("!")["candidates"][0], "error": oops(code=502)}
+    body = sse(*BEGUN["gemini"], {"candidates": [candidate]})
+    check(failing("", "gemini", body, "It broke", True, text="Good!"), *read_answer("gemini", body))
+
+
+@pytest.mark.parametrize("field", ["message", "status"])
+def test_what_came_in_another_dialect_is_an_error_of_the_answer(field):
+    """A proxy that speaks OpenAI's words for its own failures, whatever it relays"""
+    for dialect in BEGUN:
+        body = sse(*BEGUN[dialect], {field: 503 if field == "status" else "It broke", "message": "It broke"})
+        assert "It broke" in str(read_answer(dialect, body)[1])
 
 
 #: finish reasons that mean a failure, and whether it may be retried
@@ -242,6 +357,10 @@ FAILURES = {
     "network_error": True,
     "abort": True,
     "insufficient_system_resource": True,
+    "failed": False,
+    "canceled": False,
+    "aborted": True,
+    "overloaded": True,
 }
 
 
@@ -305,9 +424,10 @@ PAUSED_BLOCKS = [*text_block(0, "Good"), *block(1, SEARCH)]
 CONTAINER = {"id": "container-1", "expires_at": "2026-12-01T00:00:00Z"}
 
 
-def anthropic_pause(reason="pause_turn"):
-    delta, stop = message_end(reason)
-    return named(message_start(), *PAUSED_BLOCKS, {**delta, "delta": {**delta["delta"], "container": CONTAINER}}, stop)
+def anthropic_pause(reason="pause_turn", is_late=True):
+    start, (delta, stop) = message_start(), message_end(reason)
+    (delta["delta"] if is_late else start["message"])["container"] = CONTAINER
+    return named(start, *PAUSED_BLOCKS, delta, stop)
 
 
 def gemini_pause(**fields):
@@ -328,7 +448,20 @@ PAUSED = [
             "container": "container-1",
         },
     ),
+    (
+        "anthropic",
+        anthropic_pause(is_late=False),
+        {"content": [{"type": "text", "text": "Good"}, SEARCH], "container": "container-1"},
+    ),
     ("anthropic", anthropic_pause("compaction"), None),
+    (
+        "gemini",
+        sse(
+            {**said("Go"), "candidates": [{**said("Go")["candidates"][0], "continuationToken": "QUJD"}]},
+            said("od", finish="CONTINUATION"),
+        ),
+        {"continuationToken": "QUJD"},
+    ),
     ("gemini", gemini_pause(continuationToken="QUJD"), {"continuationToken": "QUJD"}),
     ("gemini", gemini_pause(), {}),
     ("openai", sse(*GOOD, chunk(finish="pause_turn"), DONE), {}),
@@ -371,7 +504,7 @@ def test_a_pause_is_not_requested_again(server):
 # 3. A finish reason is provisional
 
 EACH_STOPS = {
-    "openai": [*says("Good"), chunk({"content": " day"}, "stop"), chunk({"content": "!"}, "stop")],
+    "openai": [chunk({"content": word}, "stop") for word in ("Good", " day", "!")],
     "gemini": [said(word, finish="STOP") for word in ("Good", " day", "!")],
 }
 
@@ -528,6 +661,13 @@ CHOICES = [
         *indexed((0, "Go"), (1, "B"), (1, "ad")),
         *indexed((0, "od")),
     ),
+    chat("an index that counts tokens from 0", *indexed((0, "Go"), (1, "o"), (2, "d"))),
+    chat("two choices in turns, of which choice 1 is first", *indexed((1, ""), (0, "Go"), (1, "B"), (0, "od"))),
+    chat(
+        "two choices in one event, of which choice 1 is first",
+        {"choices": [{"index": 1, "delta": {"content": "Bad"}}, {"index": 0, "delta": {"content": "Good"}}]},
+        STOP,
+    ),
     Case("two candidates", "gemini", sse(said("Go"), said("Bad", index=1, finish="STOP"), said("od", finish="STOP"))),
     Case(
         "a call in a second candidate",
@@ -549,6 +689,17 @@ def test_choices_are_kept_apart_where_several_or_nobody_knows_how_many_were_requ
     for choices in (2, None):
         chunks, _ = read_answer("openai", body, choices=choices)
         assert [sheepsse.collect(chunks, index).text for index in (0, 1)] == ["Good", "Bad"]
+
+
+def test_calls_of_several_choices_are_kept_apart():
+    events = [chunk({"tool_calls": [call(0, *made)]}, index=index) for index, made in enumerate((LOOK, HEAR))]
+    body = sse(*events, chunk(finish="tool_calls"), chunk(finish="tool_calls", index=1), DONE)
+    chunks, _ = read_answer("openai", body, choices=2)
+    made = [sheepsse.collect(chunks, index).tool_calls for index in (0, 1)]
+    assert [[(each.index, each.id, each.arguments) for each in calls] for calls in made] == [
+        [(0, "t-1", LOOK[2])],
+        [(0, "t-2", HEAR[2])],
+    ]
 
 
 HIGH, LOW, LONE = "\ud83d", "\udc11", "\ufffd"
@@ -597,6 +748,14 @@ def test_halves_are_of_their_own_field_and_choice():
     assert sheepsse.collect(chunks, 1).text == f"B{LONE}!"
 
 
+@pytest.mark.parametrize("rest", [f"{LOW}!", "", None])
+def test_halves_of_a_response_are_joined_with_what_its_whole_has(rest):
+    pieces = [delta("output_text", f"A {HIGH}"), *([] if rest is None else [delta("output_text", rest)])]
+    events = [*OPENING, *pieces, done("output_text", "text", "A 🐑!"), whole("A 🐑!")]
+    body = b"".join(f"data: {json.dumps(payload)}\n\n".encode() for payload in events)
+    check(Case("", "openai-responses", body, text="A 🐑!"), *read_answer("openai-responses", body))
+
+
 def test_half_a_character_before_a_loss_is_no_text(server, client):
     server.answer(Answer(body=in_field("text", ["A", HIGH]), cut_after=2))
     came, error = read(client.stream("Go", resume="never"))
@@ -623,7 +782,11 @@ DONE_ONLY = [
     ("text three times", [done("output_text", "text", "Good"), message("Good"), whole("Good")], {}),
     (
         "text under numbers that change (Copilot)",
-        [delta("output_text", "Good", 3), {**done("output_text", "text", "Good"), "item_id": "x"}, message("Good")],
+        [
+            {**delta("output_text", "Good"), "item_id": "a"},
+            {**done("output_text", "text", "Good"), "item_id": "b"},
+            message("Good"),
+        ],
         {},
     ),
     ("a refusal", [done("refusal", "refusal", "No.")], {"text": "", "refusal": "No."}),
@@ -669,6 +832,57 @@ DONE_ONLY = [
         {"text": "", "tool_calls": (LOOK, HEAR), "finish": "tool_calls"},
     ),
     (
+        "a summary, and again in the whole",
+        [
+            delta("reasoning_summary_text", "Hm", summary_index=0),
+            delta("output_text", "Good", 1),
+            response(
+                "completed",
+                output=[
+                    {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm"}]},
+                    message("Good")["item"],
+                ],
+            ),
+        ],
+        {"reasoning": "Hm"},
+    ),
+    (
+        "two texts that are equal",
+        [done("output_text", "text", "Go"), done("output_text", "text", "Go", content_index=1), whole("Go", "Go")],
+        {"text": "GoGo"},
+    ),
+    ("a part", [{"type": "response.content_part.done", "output_index": 0, "content_index": 0,
+                 "part": {"type": "output_text", "text": "Good"}}], {}),
+    ("a part of a summary", [{"type": "response.reasoning_summary_part.done", "output_index": 0, "summary_index": 0,
+                              "part": {"type": "summary_text", "text": "Hm"}}, *spoken("Good", index=1)],
+     {"reasoning": "Hm"}),
+    ("reasoning as text", [item("done", id="i-0", type="reasoning", content=[{"type": "text", "text": "Hm"}]),
+                           *spoken("Good", index=1)], {"reasoning": "Hm"}),
+    (
+        "two calls with equal arguments",
+        [tool_added(0, "t-1", "look"), tool_added(1, "t-2", "look"), *tool_done(0, *LOOK),
+         *tool_done(1, "t-2", "look", LOOK[2])],
+        {"text": "", "tool_calls": (LOOK, ("t-2", *LOOK[1:])), "finish": "tool_calls"},
+    ),
+    (
+        "arguments that the call began with",
+        [item("added", id="i-0", type="function_call", call_id="t-1", name="look", arguments=LOOK[2]),
+         arguments(0, '{"at"'), arguments(0, ": 1}"), *tool_done(0, *LOOK)],
+        {"text": "", "tool_calls": (LOOK,), "finish": "tool_calls"},
+    ),
+    (
+        "an empty object before the arguments",
+        [tool_added(0, "t-1", "look"), arguments(0, "{}"), arguments(0, LOOK[2]), *tool_done(0, *LOOK)],
+        {"text": "", "tool_calls": (LOOK,), "finish": "tool_calls"},
+    ),
+    (
+        "calls without ids in the whole alone",
+        [response("completed", output=[
+            {"type": "function_call", "name": name, "arguments": text} for _, name, text in (LOOK, HEAR)
+        ])],
+        {"text": "", "tool_calls": (("", *LOOK[1:]), ("", *HEAR[1:])), "finish": "tool_calls"},
+    ),
+    (
         "arguments before their call",
         [*tool_done(0, *LOOK)],
         {"text": "", "tool_calls": (LOOK,), "finish": "tool_calls"},
@@ -681,6 +895,34 @@ def test_what_only_the_done_events_of_a_response_have_is_returned_once(name, pay
     end = [] if payloads[-1]["type"] == "response.completed" else [response("completed")]
     body = numbered(*OPENING, *payloads, *end)
     check(Case(name, "openai-responses", body, **fields), *read_answer("openai-responses", body))
+
+
+#: how a response ends that is not whole, whatever the name of its last event says
+UNFINISHED = [
+    (response("failed", error={"code": "server_error", "message": "It broke"}), StreamError, True, "It broke"),
+    (response("failed"), StreamError, False, "does not say why"),
+    (response("completed", error={"message": "It broke"}), StreamError, False, "It broke"),
+    (response("completed", status="failed", error={"message": "It broke"}), StreamError, False, "It broke"),
+    ({**response("failed"), "error": {"code": 503, "message": "It broke"}}, StreamError, True, "It broke"),
+    (response("cancelled"), StreamInterrupted, False, "cancelled"),
+    (response("completed", status="cancelled"), StreamInterrupted, False, "cancelled"),
+    ({"type": "response.error", "error": {"code": 503, "message": "It broke"}}, StreamError, True, "It broke"),
+    ({"type": "error", "code": "server_error", "message": "It broke"}, StreamError, True, "It broke"),
+    ({**delta("output_text", "!"), "error": {"message": "It broke"}}, StreamError, False, "It broke"),
+]
+
+
+@pytest.mark.parametrize(("end", "kind", "retryable", "words"), UNFINISHED)
+def test_a_response_that_failed_is_no_answer(end, kind, retryable, words):
+    body = numbered(*BEGUN["openai-responses"], end)
+    check(failing("", "openai-responses", body, words, retryable, kind), *read_answer("openai-responses", body))
+
+
+@pytest.mark.parametrize("kind", ["incomplete", "completed"])
+def test_a_response_that_is_cut_short_says_so(kind):
+    end = response(kind, status="incomplete", incomplete_details={"reason": "max_output_tokens"})
+    body = numbered(*BEGUN["openai-responses"], end)
+    check(Case("", "openai-responses", body, finish="length"), *read_answer("openai-responses", body))
 
 
 # 7. Reasoning
@@ -700,6 +942,11 @@ REASONINGS = {
     "a part with thinking": {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]}]},
     "a part with thinking as text": {"content": [{"type": "thinking", "thinking": "Hm", "signature": "s"}]},
     "one part and no list": {"content": {"type": "reasoning", "text": "Hm"}},
+    **{
+        f"a part of type {kind}": {"content": [{"type": kind, "text": "Hm"}]}
+        for kind in ("reasoning_text", "reasoning_content", "summary_text")
+    },
+    "lists in lists": {"reasoning_content": [[{"text": "H"}], [{"text": "m"}]]},
 }
 
 
@@ -723,10 +970,17 @@ def test_the_text_of_a_part_goes_where_its_type_says():
 
 
 def test_opaque_reasoning_goes_back_with_the_answer():
-    deltas = [{"reasoning_text": "H"}, {"reasoning_text": "m"}, {"reasoning_opaque": "s-1"}]
+    deltas = [{"reasoning_text": "H"}, {"reasoning_opaque": "s-1"}, {"reasoning_text": "m"}]
     chunks, _ = read_answer("openai", sse(*map(chunk, deltas), calls(call(0, *LOOK), finish="tool_calls"), DONE))
     (sent,) = sheepsse.DIALECTS["openai"].body([sheepsse.collect(chunks).message], "m", {}, True)["messages"]
     assert (sent["reasoning_text"], sent["reasoning_opaque"]) == ("Hm", "s-1")
+
+
+def test_reasoning_that_is_an_object_goes_back_with_the_answer():
+    deltas = [{"reasoning_content": {"text": "Hm"}}, {"tool_calls": [call(0, *LOOK)]}]
+    chunks, _ = read_answer("openai", sse(*map(chunk, deltas), chunk(finish="tool_calls"), DONE))
+    (sent,) = sheepsse.DIALECTS["openai"].body([sheepsse.collect(chunks).message], "m", {}, True)["messages"]
+    assert sent["reasoning_content"] == "Hm"
 
 
 # 8. Tool calls
@@ -774,6 +1028,40 @@ CALLS = {
         [call(0, "t-1", "look", '{"at"'), call(0, "", "", ": 1}")],
         (LOOK,),
     ),
+    "the whole again, after many pieces that could be whole": (
+        [
+            call(0, "t-1", "look", '{"at": "{}'),
+            *(call(0, arguments="{}") for _ in range(5)),
+            call(0, arguments='"}'),
+            call(0, arguments='{"at": "' + "{}" * 6 + '"}'),
+        ],
+        (("t-1", "look", '{"at": "' + "{}" * 6 + '"}'),),
+    ),
+    "blanks before the arguments": (
+        [call(0, "t-1", "look", " "), call(0, arguments=LOOK[2])],
+        (("t-1", "look", f" {LOOK[2]}"),),
+    ),
+    "a part that says nothing": ([WHOLE, {"index": 1}, {"index": 0, "function": {}}], (LOOK,)),
+    "the whole again with blanks before it": ([WHOLE, call(0, arguments=f" {LOOK[2]}")], (LOOK,)),
+    "the whole again, then more of another call": (
+        [WHOLE, call(1, *HEAR[:2], ""), call(0, *LOOK), call(1, arguments=HEAR[2])],
+        (LOOK, HEAR),
+    ),
+    "two calls without arguments or ids at index 0": (
+        [call(0, None, "look", ""), call(0, None, "hear", "")],
+        (("", "look", ""), ("", "hear", "")),
+    ),
+    "an empty object after the call began": (
+        [call(0, "t-1", "look", ""), call(0, arguments="{}")],
+        (("t-1", "look", "{}"),),
+    ),
+    "free text, repeated": (
+        [
+            {"index": 0, "id": "t-1", "custom": {"name": "run", "input": '{"a":1}\n'}},
+            {"index": 0, "custom": {"input": '{"a":1}\n'}},
+        ],
+        (("t-1", "run", '{"a":1}\n' * 2),),
+    ),
     "two whole calls at index 0, with ids": ([call(0, *LOOK), call(0, *HEAR)], (LOOK, HEAR)),
     "two whole calls at index 0, without ids": (
         [call(0, None, *LOOK[1:]), call(0, None, *HEAR[1:])],
@@ -810,14 +1098,35 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("reason", ["tool_calls", "stop"])
+@pytest.mark.parametrize("reason", ["tool_calls", "stop", None])
 @pytest.mark.parametrize("shape", CALLS)
 def test_calls_are_the_right_ones_once_whatever_their_parts(shape, reason):
     parts, expected = CALLS[shape]
     payloads = [chunk(part) if "tool_calls" in part else calls(part) for part in parts]
-    body = sse(*payloads, chunk(finish=reason), DONE)
-    case = Case(shape, "openai", body, text="", tool_calls=expected, finish="tool_calls")
+    body = sse(*payloads, *([chunk(finish=reason)] if reason else []), DONE)
+    case = Case(shape, "openai", body, text="", tool_calls=expected, finish="tool_calls" if reason else None)
     check(case, *read_answer("openai", body))
+
+
+REPEATED = {
+    "gemini": sse(*[said(called("look", {"at": 1}, id="t-1"))] * 2, said("", finish="STOP")),
+    "ollama": lines(*[line(tool_calls=[ollama_call("look", {"at": 1}, id="t-1")])] * 2, last("stop")),
+}
+
+
+@pytest.mark.parametrize("dialect", REPEATED)
+def test_a_whole_call_that_is_repeated_under_its_id_is_one(dialect):
+    case = Case("", dialect, REPEATED[dialect], text="", tool_calls=(LOOK,), finish="tool_calls")
+    check(case, *read_answer(dialect, case.body))
+
+
+@pytest.mark.parametrize("pieces", [["{}", '{"at"', ": 1}"], ['{"at"', ": 1}", LOOK[2]]])
+def test_arguments_are_the_right_ones_once_in_anthropics_words(pieces):
+    begun = {"type": "tool_use", "id": "t-1", "name": "look", "input": {}}
+    deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
+    body = named(message_start(), *block(0, begun, *deltas), *message_end("tool_use"))
+    case = Case("", "anthropic", body, text="", tool_calls=(LOOK,), finish="tool_calls")
+    check(case, *read_answer("anthropic", body))
 
 
 def test_many_braces_cost_time_linear_in_their_number():
@@ -877,6 +1186,9 @@ USAGES = [
     ("counts that are whole numbers with a point", {"prompt_tokens": 10.0, "completion_tokens": 5.0}, Usage(10, 5, 15)),
     ("Anthropic's names for reads (LiteLLM)", {**TEN, "cache_read_input_tokens": 4}, Usage(10, 5, 15, 4)),
     ("Responses' names", {"input_tokens": 10, "output_tokens": 5}, Usage(10, 5, 15)),
+    ("a total that is too small", {**TEN, "total_tokens": 11}, Usage(10, 5, 15)),
+    ("a count that no computer can have", {**TEN, "prompt_tokens": 1e22}, Usage(0, 5, 5)),
+    ("reads in the details", {**TEN, "prompt_tokens_details": {"cached_tokens": 4}}, Usage(10, 5, 15, 4)),
     *((f"cache writes as {name}", {**TEN, name: value}, Usage(10, 5, 15, 0, 7)) for name, value in WRITES.items()),
 ]  # fmt: skip
 
@@ -885,6 +1197,22 @@ USAGES = [
 def test_a_usage_is_read_in_every_vendors_words(name, wire, usage):
     body = counted(**wire)
     check(Case(name, "openai", body, usage=usage), *read_answer("openai", body))
+
+
+USAGES_OF_OTHERS = [
+    ("anthropic", {"input_tokens": 9, "prompt_tokens": 13, "cache_read_input_tokens": 4, "output_tokens": 4},
+     Usage(13, 4, 17, 4)),
+    ("gemini", tokens(thoughtsTokenCount=8)["usageMetadata"], Usage(9, 12, 21, reasoning_tokens=8)),
+    ("gemini", {**tokens(thoughtsTokenCount=3)["usageMetadata"], "totalTokenCount": 13},
+     Usage(9, 4, 13, reasoning_tokens=3)),
+    ("gemini", {**tokens()["usageMetadata"], "toolUsePromptTokenCount": 5}, Usage(14, 4, 18)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dialect", "wire", "usage"), USAGES_OF_OTHERS)
+def test_a_part_of_a_whole_is_added_where_the_whole_leaves_it_out(dialect, wire, usage):
+    reader = sheepsse.DIALECTS[dialect]()
+    assert reader.usage(wire) == usage
 
 
 NO_COUNTS = ["NaN", "1e400", "-1e400", "-3", "true", '"7"', "1.5", "null", "[]", "{}"]
@@ -935,6 +1263,12 @@ def test_a_final_0_does_not_replace_a_real_count_of_anthropic():
     check(Case("", "anthropic", body, usage=Usage(9, 4, 13)), *read_answer("anthropic", body))
 
 
+def test_a_final_0_does_not_replace_a_cost():
+    usages = [{**TEN, "cost": 0.5}, {**TEN, "cost": 0}]
+    body = sse(*GOOD, STOP, *(usage_chunk(**usage) for usage in usages), DONE)
+    assert read_answer("openai", body)[0][-1].usage.cost == Decimal("0.5")
+
+
 def test_what_is_cached_no_more_is_0():
     usages = [{**TEN, "cached_tokens": 4}, {**TEN, "cached_tokens": 0}]
     body = sse(*GOOD, STOP, *(usage_chunk(**usage) for usage in usages), DONE)
@@ -958,6 +1292,16 @@ def test_an_error_in_an_encoding_that_nothing_here_decodes_keeps_its_status(serv
     server.answer(Answer(status=401, body=b"\x8b\x02\x80", headers={"Content-Encoding": "made-up"}, framing="length"))
     _, error = read(client.stream("Go"))
     assert (type(error), error.status) == (AuthenticationError, 401)
+
+
+@pytest.mark.parametrize("encoding", ["none", "utf-8", "UTF-8", "chunked", "text/event-stream"])
+def test_an_encoding_that_is_none_of_its_text_is_ignored(server, client, encoding):
+    server.answer(
+        Answer(text="Good day 🐑", headers={"Content-Encoding": encoding}),
+        Answer(status=401, body=b'{"error":"Not this key"}', headers={"Content-Encoding": encoding}, framing="length"),
+    )
+    assert client.complete("Go").text == "Good day 🐑"
+    assert "Not this key" in str(read(client.stream("Go"))[1])
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length", "gzip"])
@@ -984,6 +1328,8 @@ FRAMED_ERRORS = {
     "after a comment": b': hello\n\ndata: {"message":"Not this key","code":"bad_key"}\n\n',
     "a field": b'error: {"message":"Not this key","code":"bad_key"}\n\n',
     "lines of JSON": b'{"error":{"message":"Not this key","code":"bad_key"}}\n{"done":true}\n',
+    "after another event": b'data: {"type":"ping"}\n\ndata: {"message":"Not this key","code":"bad_key"}\n\n',
+    "JSON, and what is none": b'{"error":{"message":"Not this key","code":"bad_key"}} and more',
 }
 
 
@@ -1016,6 +1362,12 @@ def test_retryable_and_the_policy_agree_for_each_status(server, client, status):
     [
         (b"<!DOCTYPE html><title>Attention Required!</title>", "text/html; charset=UTF-8", "firewall"),
         (b"<html>Just a moment...", "", "firewall"),
+        (b"Just a moment...", "text/html", "firewall"),
+        (b"error code: 1020", "text/plain", "firewall"),
+        (b'{"error":{"code":"unsupported_country_region_territory"}}', "application/json", "country"),
+        (b'{"error":{"message":"Country,\\nregion, or territory\\nnot supported"}}', "application/json", "country"),
+        (b'{"error":{"message":"The model is not available in your region"}}', "application/json", "country"),
+        (b'{"error":{"message":"Access denied. Please check your network settings."}}', "application/json", "country"),
         (b'{"error":{"code":"unsupported_country_region_territory","message":"x"}}', "application/json", "country"),
         (b'{"error":{"message":"User location is not supported for the API use."}}', "application/json", "country"),
         (b'{"error":{"type":"forbidden","message":"Request not allowed"}}', "application/json", "country"),
@@ -1032,29 +1384,42 @@ def test_a_403_of_a_firewall_or_for_a_country_is_not_about_the_key(server, body,
     assert words in health.error
 
 
-def test_a_403_about_the_key_is(server):
-    server.default = Answer(status=403, body=b'{"error":{"message":"Not this key"}}', framing="length")
+@pytest.mark.parametrize(
+    ("message", "content_type"),
+    [("Not this key", "text/html"), ("API key not valid for region us-east-1; it is not allowed", "application/json")],
+)
+def test_a_403_about_the_key_is(server, message, content_type):
+    body = json.dumps({"error": {"message": message}}).encode()
+    server.default = Answer(status=403, body=body, content_type=content_type, framing="length")
     with asking(server, api_key="sk-local-0123456789") as client:
         assert client.check().status == "bad_key"
 
 
-def test_money_that_is_spent_is_so_in_any_words(server, client):
-    body = b'{"error":{"http_code":"429","type":"x","message":"insufficient balance (1008)"}}'
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error":{"http_code":"429","type":"x","message":"insufficient balance (1008)"}}',
+        b'{"code":"Arrearage","message":"Access denied"}',
+    ],
+)
+def test_money_that_is_spent_is_so_in_any_words(server, client, body):
     server.default = Answer(status=500, body=body, framing="length")
     _, error = read(client.stream("Go", retry=sheepsse.Retry(2, base_delay=0)))
     assert (type(error), len(server.requests)) == (QuotaError, 1)
 
 
+def test_an_error_that_may_pass_is_tried_again_also_with_status_200(server, client):
+    busy = Answer(body=b'{"error":{"code":503,"message":"Overloaded"}}', content_type="application/json")
+    server.answer(busy, Answer(text="Good day"))
+    assert client.complete("Go", retry=sheepsse.Retry(1, base_delay=0)).text == "Good day"
+
+
 # Cases from outside
 
 
-def wire_cases():
-    return json.loads((folder_of("SHEEPSSE_CASES") / "wire_cases.json").read_text(encoding="utf-8"))["cases"]
-
-
-def test_what_other_people_reported_comes_out_right(server, clients):
+def test_what_other_people_reported_comes_out_right(server, clients, cases):
     wrong = []
-    for case in wire_cases():
+    for case in json.loads((cases / "wire_cases.json").read_text(encoding="utf-8"))["cases"]:
         body = case["body"].encode()
         cut_after = body.count(b"\n\n") + body.count(b"\r\n\r\n") if case.get("cut") else None
         answer = Answer(case["status"], case["headers"], body, content_type=case["content_type"], cut_after=cut_after)

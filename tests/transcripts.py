@@ -402,7 +402,10 @@ TRANSCRIPTS = [
     Transcript(
         "two choices, of which one is cut off",
         sse(
-            chunk({"content": "a"}, index=0), chunk({"content": "b"}, index=1), chunk({"content": "A"}, "stop", index=0)
+            ROLE,
+            chunk({"content": "a"}, index=0),
+            chunk({"content": "b"}, index=1),
+            chunk({"content": "A"}, "stop", index=0),
         ),
         "aA",
         error=("StreamInterrupted", "end marker"),

@@ -326,7 +326,8 @@ def said(*parts: Any, finish: Optional[str] = None, index: int = 0, **fields: An
 
 
 def tokens(**counts: int) -> dict:
-    return {"usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 4, "totalTokenCount": 13, **counts}}
+    total = 13 + counts.get("thoughtsTokenCount", 0)
+    return {"usageMetadata": {"promptTokenCount": 9, "candidatesTokenCount": 4, "totalTokenCount": total, **counts}}
 
 
 def called(name: str, args: Any, id: Optional[str] = None, **fields: Any) -> dict:
@@ -362,7 +363,7 @@ GEMINI = [
         ),
         "Yes",
         reasoning="Hmm.",
-        usage=Usage(9, 11, 13, reasoning_tokens=7),
+        usage=Usage(9, 11, 20, reasoning_tokens=7),
     ),
     gemini(
         "thoughts and text as parts of one chunk",
@@ -988,7 +989,7 @@ DOCUMENTS = [
         reasoning="Hmm.",
         tool_calls=(("", "look", '{"at": "Hà Nội"}'),),
         finish="tool_calls",
-        usage=Usage(9, 6, 13, reasoning_tokens=2),
+        usage=Usage(9, 6, 15, reasoning_tokens=2),
     ),
     responses(
         "a Responses object",
