@@ -138,8 +138,9 @@ def flask_app():
     def completions():
         """What a client of OpenAI's own asks"""
         asked = flask.request.get_json()
-        asked.pop("stream", None), asked.pop("stream_options", None)
-        relay = sheepsse.relay(client.stream(asked.pop("messages"), **asked), events="openai")
+        asked.pop("stream", None)
+        usage = bool(asked.pop("stream_options", {}).get("include_usage"))
+        relay = sheepsse.relay(client.stream(asked.pop("messages"), **asked), events="openai", usage=usage)
         return flask.Response(relay.start(flask.request.environ), headers=sheepsse.SSE_HEADERS)
 
     app.register_blueprint(sheepsse.flask_blueprint(client, authorize=authorize, **options_of(SETTINGS)))
