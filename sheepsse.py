@@ -8875,7 +8875,8 @@ def stream(
     quota or an open breaker, and has given nothing yet. ``fallback`` asks at last without streaming where there is no
     stream: the text then comes in one piece. ``alignment`` is a TokenAlignment.
 
-    ``deadline`` is in seconds for the whole call. ``on_retry(error, attempt, delay)`` replaces the policy's.
+    ``deadline`` is in seconds for the whole call; only the system's look-up of a host name, which nothing can end, may
+    take longer. ``on_retry(error, attempt, delay)`` replaces the policy's.
 
     A stream whose connection is lost goes on where it was lost, if that can neither repeat nor lose text; else
     StreamInterrupted is raised. ``resume`` names the ways that may be tried, one or several in their order:

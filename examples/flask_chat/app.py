@@ -15,15 +15,14 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-import tempfile
 from typing import Any
 
 import flask
 
 import sheepsse
 
-# shared by all workers, so that any of them can go on with what another began
-JOURNAL = os.environ.get("JOURNAL", os.path.join(tempfile.gettempdir(), "flask_chat"))
+# shared by all workers, so that any of them can go on with what another began; by nobody else
+JOURNAL = os.environ.get("JOURNAL", str(pathlib.Path(__file__).resolve().parent / "streams"))
 
 
 def who_asks(request: Any) -> str | None:
