@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
@@ -247,6 +248,12 @@ def _what_is_not_waited_for_long_is_waited_for(monkeypatch):
 
 #: Fixtures that need a folder of files that are not part of this repository, and the variables that name it
 FOLDERS = {"recordings": "SHEEPSSE_RECORDINGS", "cases": "SHEEPSSE_CASES"}
+
+
+def pytest_configure():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # so it is in a job that a script runs in the background, and the processes of the tests would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
