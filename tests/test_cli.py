@@ -298,6 +298,127 @@ def test_on_a_terminal_the_text_ends_with_a_line_end(server, monkeypatch):
     assert terminal.getvalue() == TEXT + "\n"
 
 
+# Standard streams that are closed, of another encoding, or a terminal
+
+
+def with_closed(numbers, *arguments, server, **options):
+    """The command as cron or a shell starts it with standard streams closed"""
+    closed = " ".join(f"{number}>&-" for number in numbers)
+    start = ("sh", "-c", f'exec "$@" {closed}', "sh", *SHELL)
+    asked = ("-m", "m", "--base-url", server.base_url, "--no-key")
+    return command(*arguments, *asked, start=start, **options)
+
+
+needs_sh = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+
+
+@needs_sh
+@pytest.mark.parametrize("numbers", [(1,), (0, 1), (1, 2), (0, 1, 2)])
+def test_without_standard_output_nothing_is_asked(server, numbers):
+    done = with_closed(numbers, "Good day?", server=server)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == (b"" if 2 in numbers else b"sheepsse: standard output is closed\n")
+    assert server.requests == []
+
+
+@needs_sh
+@pytest.mark.parametrize("numbers", [(0,), (2,), (0, 2)])
+def test_the_answer_needs_standard_output_alone(server, numbers):
+    server.answer(Answer(text=TEXT))
+    done = with_closed(numbers, "Good day?", server=server)
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, TEXT, b"")
+
+
+@needs_sh
+@pytest.mark.parametrize("arguments", [("Good day?",), ("batch", "-", "-o", "OUT")], ids=["ask", "batch"])
+def test_an_error_that_cannot_be_told_is_not_told_on_standard_output(server, tmp_path, arguments):
+    server.default = error_answer(400, "No such thing")
+    arguments = [str(tmp_path / "out") if argument == "OUT" else argument for argument in arguments]
+    line = b'{"custom_id": "1", "body": {"messages": [{"role": "user", "content": "Hi"}]}}\n'
+    done = with_closed((2,), *arguments, server=server, input=line)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert b"No such thing" not in done.stdout
+
+
+@needs_sh
+@pytest.mark.parametrize("prompt", [(), ("-",)])
+def test_without_standard_input_a_missing_prompt_is_wrong_usage(server, prompt):
+    done = with_closed((0,), *prompt, server=server)
+    assert done.returncode == 2
+    assert b"standard input is closed" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@needs_sh
+def test_batch_without_standard_input_says_so(server, tmp_path):
+    done = with_closed((0,), "batch", "-", "-o", str(tmp_path / "out"), server=server)
+    assert (done.returncode, done.stderr) == (1, b"sheepsse: standard input is closed\n")
+
+
+@pytest.mark.parametrize(("words", "status"), [([], 2), (["batch", "-", "-o", "OUT"], 1)], ids=["ask", "batch"])
+def test_streams_that_are_none_end_a_command_with_a_message(monkeypatch, capsys, words, status):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(sheepsse.main([*words, "-m", "m", "--no-key"]))
+    assert ended.value.code == status
+    assert "standard input is closed" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdout", None)
+    assert sheepsse.main(["Good day?", "-m", "m"]) == 1
+    assert capsys.readouterr().err == "sheepsse: standard output is closed\n"
+    monkeypatch.setattr(sys, "stderr", None)
+    assert sheepsse.main(["Good day?", "-m", "m"]) == 1
+    sys.stderr.close()  # the one that was opened in its place
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_an_encoding_that_lacks_a_character_loses_that_one_alone(server, encoding):
+    server.answer(Answer(text="dé 羊!"))
+    done = ask(server, env={"PYTHONIOENCODING": encoding}, start=SHELL)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "dé 羊!".encode(encoding, "replace"), b"")
+
+
+@pytest.mark.parametrize(("encoding", "given"), [("utf-8", b"d\xe9"), ("ascii", "dé".encode())])
+def test_a_prompt_in_another_encoding_is_wrong_usage(server, encoding, given):
+    asked = ("-m", "m", "--base-url", server.base_url, "--no-key")
+    done = command(*asked, env={"PYTHONIOENCODING": encoding + ":strict"}, start=SHELL, input=given)
+    assert done.returncode == 2
+    assert f"standard input is not {encoding}".encode() in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert server.requests == []
+
+
+#: clears the screen, changes the title, writes into the clipboard, goes back and over the line; the last in one byte
+CONTROLS = "Good\x1b[2J\x1b]0;title\x07\x1b]52;c;eA==\x1b\\ day\r\b\x9b31m\x7f\x00"
+#: what a terminal shows of it: harmless letters
+HARMLESS = "Good[2J]0;title]52;c;eA==\\ day31m"
+
+
+def test_a_terminal_gets_text_without_control_sequences_and_a_pipe_as_it_is(server, monkeypatch):
+    server.default = Answer(text=CONTROLS + "\n\tend")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert sheepsse.main(["x", "-m", "m", "--base-url", server.base_url, "--no-key"]) == 0
+    assert sys.stdout.getvalue() == HARMLESS + "\n\tend\n"
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert sheepsse.main(["x", "-m", "m", "--base-url", server.base_url, "--no-key"]) == 0
+    assert sys.stdout.getvalue() == CONTROLS + "\n\tend"
+
+
+@pytest.mark.parametrize("name", ["ask", "check", "bench", "batch", "refusal"])
+def test_what_a_server_says_of_an_error_never_controls_a_terminal(server, tmp_path, monkeypatch, name):
+    server.default = error_answer(400, CONTROLS)
+    if name == "refusal":
+        server.default = Answer(events=chat_events([{"refusal": CONTROLS}]))
+    (tmp_path / "in").write_text('{"custom_id": "1", "body": {"messages": [{"role": "user", "content": "Hi"}]}}\n')
+    batch = ["batch", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", "m"]
+    commands = {"check": ["check"], "bench": ["bench", "-m", "m"], "batch": batch}
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    status = sheepsse.main([*commands.get(name, ["x", "-m", "m"]), "--base-url", server.base_url, "--no-key"])
+    shown = sys.stdout.getvalue() + sys.stderr.getvalue()
+    assert status == (0 if name == "refusal" else 1)
+    assert not set(shown) & set(CONTROLS) - set(HARMLESS), repr(shown)
+
+
 def test_help_names_the_variables_of_the_keys_and_the_exit_statuses():
     done = command("--help")
     assert done.returncode == 0
