@@ -4273,7 +4273,7 @@ def _forget_parent() -> None:
         each._begin_process()
 
 
-if hasattr(os, "register_at_fork"):
+with contextlib.suppress(AttributeError):  # Windows has no forks
     os.register_at_fork(after_in_child=_forget_parent)
 
 
@@ -5333,8 +5333,6 @@ def _connected(connection: Any, wire: _Wire) -> socket.socket:
             for option in _SOCKET_OPTIONS:
                 sock.setsockopt(*option)
             sock.settimeout(max(left, wire._LEAST))
-            if connection.source_address:
-                sock.bind(connection.source_address)
             sock.connect(address)
             return sock
         except BaseException as error:
@@ -5833,11 +5831,6 @@ class _EventLog:
     def cursor(self) -> str:
         """The id to go on after, "" where there is none"""
         return self._marks[-1][0] if self._marks else ""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the server gives its events no ids"""
-        return self._idle
 
     @property
     def has_own_id(self) -> bool:

@@ -9,6 +9,7 @@ import pickle
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 import traceback
@@ -201,6 +202,13 @@ def test_a_connection_that_the_system_gave_up_is_no_time_out_of_ours(server, cli
 # Forks
 
 
+def save_coverage():
+    """os._exit() leaves no time for it"""
+    coverage = sys.modules.get("coverage")
+    if coverage is not None and coverage.Coverage.current() is not None:
+        coverage.Coverage.current().save()
+
+
 def in_a_child(function):
     """What a function gives in a forked process, as JSON can carry it"""
     reader, writer = os.pipe()
@@ -210,6 +218,7 @@ def in_a_child(function):
             os.close(reader)
             result = function()
             os.write(writer, json.dumps(result).encode())
+            save_coverage()
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -433,6 +442,30 @@ def test_an_address_that_swallows_packets_leaves_time_for_the_next(dead_addresse
     dead_addresses(("127.0.0.1", int(server.origin.rpartition(":")[2])))
     with sheepsse.Client(base_url="http://llm.test/v1", api_key=False, model="m", retry=0, timeout=(2, 30)) as client:
         assert "".join(client.stream("Go")) == TEXT
+
+
+@pytest.mark.parametrize("kind", [OwnTimeout, OwnReset, OwnValue, KeyboardInterrupt])
+def test_what_a_signal_handler_raises_while_connecting_reaches_the_caller(dead_addresses, alarm, kind):
+    raised, connecting = kind("mine"), threading.Event()
+    ring = alarm(raised)
+    plain = socket.socket.settimeout
+
+    def settimeout(sock, seconds):
+        plain(sock, seconds)
+        connecting.set()
+
+    def ring_in_time():
+        assert connecting.wait(HANG)
+        time.sleep(0.05)  # it should be in its connect by then; wherever it is, the test holds
+        ring()
+
+    with sheepsse.Client(base_url="http://llm.test/v1", api_key=False, model="m", retry=3, timeout=HANG) as client:
+        stream = client.stream("Go")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(socket.socket, "settimeout", settimeout)
+            with in_another_thread(ring_in_time), pytest.raises(kind) as caught:
+                list(stream)
+    assert caught.value is raised
 
 
 def test_a_dead_peer_is_found_by_keep_alive(server, client):
@@ -723,6 +756,15 @@ def test_a_checkpoint_that_others_may_write_is_refused(server, client, tmp_path,
                 list(stream)
         else:
             assert "".join(stream) == TEXT
+    assert len(server.requests) == 1
+
+
+def test_a_system_without_owners_of_files_has_none_to_check(server, client, tmp_path, monkeypatch):
+    assert "".join(client.stream("Go", checkpoint=tmp_path)) == TEXT
+    (path,) = tmp_path.iterdir()
+    path.chmod(0o666)
+    monkeypatch.delattr(os, "geteuid")
+    assert "".join(client.stream("Go", checkpoint=tmp_path)) == TEXT
     assert len(server.requests) == 1
 
 

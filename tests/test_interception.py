@@ -8,12 +8,14 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import time
+import types
 
 import pytest
 import requests
 
 import sheepsse
-from conftest import HANG, asking, read
+from conftest import HANG, asking, in_another_thread, read, until
 from local_provider import TEXT, Answer, chat_events, error_answer, split_words
 
 KEY = "sk-test-0123456789abcdef"
@@ -355,11 +357,51 @@ def test_a_session_of_another_shape_is_an_error_that_says_what_is_needed(server)
             list(client.stream("Go"))
 
 
-def test_what_is_no_session_is_an_error_that_says_what_is_needed(server):
+@pytest.mark.parametrize("takes", [("method", "url"), ("method", "url", "**options")], ids=", ".join)
+def test_what_is_no_session_is_an_error_that_says_what_is_needed(server, takes):
     class Other:
-        def request(self, method, url):
-            return None
+        request = eval(f"lambda self, {', '.join(takes)}: object()")
 
     with asking(server, session=Other()) as client:
         with pytest.raises(TypeError, match=r"stream, timeout, headers, auth and allow_redirects"):
             list(client.stream("Go"))
+    assert server.requests == []
+
+
+def test_a_type_error_of_a_session_of_requests_stays_as_it_is(server):
+    class Own(requests.Session):
+        def request(self, *args, **options):
+            raise TypeError("mine")
+
+    with Own() as session, asking(server, session=session) as client:
+        with pytest.raises(TypeError, match="^mine$"):
+            list(client.stream("Go"))
+
+
+def test_a_stream_is_cancelled_whose_connection_is_no_socket(server):
+    class Other(requests.Session):
+        def request(self, *args, **options):
+            response = super().request(*args, **options)
+            response.raw._connection = Connection(response.raw._connection)
+            return response
+
+    class Connection:
+        def __init__(self, plain):
+            self.plain, self.sock = plain, types.SimpleNamespace(settimeout=plain.sock.settimeout)
+
+        def __getattr__(self, name):
+            return getattr(self.plain, name)
+
+    server.default = Answer(stall_after=3)
+    with Other() as session, asking(server, session=session) as client:
+        stream = client.stream("Go")
+        next(stream)
+
+        def cancel():
+            assert until(lambda: len(server.sent_at) >= 3)
+            time.sleep(0.05)  # it should be in its recv by then; wherever it is, the test holds
+            stream.cancel()
+            server.release()
+
+        with in_another_thread(cancel), pytest.raises(sheepsse.StreamCancelled):
+            list(stream)

@@ -239,7 +239,7 @@ def test_the_sdks_read_from_every_recording_what_we_read(server, recordings):
 OWN = [transcript for transcript in (*TRANSCRIPTS, *PLAIN) if transcript.dialect in SDKS]
 OWN_DIFFERENCES = [
     (
-        "a stream without its end marker, or with something missing inside, is not whole, nor is one that is paused; the SDKs do not look",
+        "a stream without its end marker, with something missing inside, or paused is not whole; the SDKs do not look",
         {
             "openai: two choices, of which one is cut off": "failed",
             "openai: an end without a marker": "failed",

@@ -2079,6 +2079,24 @@ def test_a_journal_that_is_a_link_is_not_written_to(tmp_path):
         sheepsse._Folder(tmp_path, 100).take_over("0" * 32)
 
 
+def test_a_journal_that_goes_away_while_it_is_looked_for_is_nobodys(tmp_path, monkeypatch):
+    folder, id = sheepsse._Folder(tmp_path, 100), "0" * 32
+    opened = sheepsse._opened
+
+    def expired(path, flags, *shared):
+        if flags == os.O_RDONLY:
+            log.discard()
+        return opened(path, flags, *shared)
+
+    monkeypatch.setattr(sheepsse, "_opened", expired)
+    with contextlib.closing(folder.begin(id, {})._lines) as lines:
+        log = sheepsse._FileLog(id, lines, str(tmp_path / f"{id}.mark"))
+        assert folder.take_over(id) is None
+    assert os.listdir(tmp_path) == []
+    folder.stop(id)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_key_that_is_gone_when_a_stream_is_to_go_on_leaves_it_to_another_try(
     server, tmp_path, monkeypatch, running_clock
 ):

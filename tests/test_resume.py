@@ -1392,6 +1392,18 @@ def test_a_job_is_waited_for_no_longer_than_the_limit_between_two_chunks(server,
     assert 10 <= clock.now <= 12  # it is cancelled then
 
 
+def test_a_job_is_not_waited_for_where_the_deadline_would_pass(server, clock):
+    server.answer(BACKGROUND.first._replace(cut_after=20), Answer(expired=True))
+    server.default = Answer(job="queued")
+    waits = []
+    retry = sheepsse.Retry(base_delay=20, jitter=False, sleep=waits.append)
+    with asking_for(BACKGROUND, server, **{**PATIENT, "idle_timeout": None}) as client:
+        pieces, error = read(client.stream("Hi", background=True, deadline=10, retry=retry))
+    assert type(error) is sheepsse.StreamInterrupted
+    assert "".join(pieces) == error.partial.text != ANSWER
+    assert waits == [0]  # before the first time that it is asked for
+
+
 def test_a_job_whose_answer_is_always_cut_is_left_within_the_budget(server):
     server.answer(BACKGROUND.first._replace(cut_after=20))
     server.default = Answer(expired=True, text=ANSWER)

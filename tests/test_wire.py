@@ -859,6 +859,12 @@ DONE_ONLY = [
     ("reasoning as text", [item("done", id="i-0", type="reasoning", content=[{"type": "text", "text": "Hm"}]),
                            *spoken("Good", index=1)], {"reasoning": "Hm"}),
     (
+        "parts that nothing in an answer has",
+        [item("done", id="i-0", type="message", content=[{"type": "audio", "data": "="}, 4, {"text": "no type"}]),
+         *spoken("Good", index=1)],
+        {},
+    ),
+    (
         "two calls with equal arguments",
         [tool_added(0, "t-1", "look"), tool_added(1, "t-2", "look"), *tool_done(0, *LOOK),
          *tool_done(1, "t-2", "look", LOOK[2])],
