@@ -5848,13 +5848,10 @@ class _EventLog:
         """Where the event is that the cursor is of; those after it came without an id"""
         return [id for id, _ in self._marks].index(self.cursor)
 
-    def noted(self, events: Iterator[ServerSentEvent]) -> Iterator[ServerSentEvent]:
-        """The same events, noted as they come"""
-        for event in events:
-            self._note(event)
-            yield event
-            if self._idle:  # for good
-                yield from events
+    def place(self, event: ServerSentEvent) -> bool:
+        """Notes an event; all of them are new"""
+        self._note(event)
+        return True
 
     def _note(self, event: ServerSentEvent) -> None:
         if self._idle or event.event == "ping":
@@ -5872,16 +5869,18 @@ class _EventLog:
         """Takes back the last event, if it was no part of the answer"""
         del self._marks[max(self._said, len(self._marks) - 1) :]
 
-    def rest(self, events: Iterable[ServerSentEvent], given: _Given | None) -> Iterator[ServerSentEvent]:
-        """The events of a new connection without those noted, which must be the same; StreamInterrupted where not
+    def rest(self, given: _Given | None) -> Callable[[ServerSentEvent], bool]:
+        """What tells the new events of a new connection from those noted, which must be the same
 
-        All of them where only a part is noted, and they come from the first one on: then it is for ``given`` to
-        tell what is new.
+        It raises StreamInterrupted where they are not. Where only a part is noted, and they come from the first one
+        on, all are new: then it is for ``given`` to tell what is.
         """
         position: int | None = None
-        for event in events:
+
+        def place(event: ServerSentEvent) -> bool:
+            nonlocal position
             if event.event == "ping":
-                continue
+                return False
             if position is None:
                 if given is not None and self._partial and not given.passed:
                     self._begin_again(event, given)
@@ -5889,12 +5888,14 @@ class _EventLog:
             if position < len(self._marks):
                 self._require_same(event, *self._marks[position])
                 position += 1
-                continue
+                return False
             if self._partial and event.id in [id for id, _ in self._former]:
                 raise _another_answer()
             self._note(event)
             position = len(self._marks)
-            yield event
+            return True
+
+        return place
 
     def _begin_again(self, event: ServerSentEvent, given: _Given) -> None:
         """Begins a new log if this is the first event of all, or one before it that another process did not keep"""
@@ -5980,6 +5981,18 @@ class _Lost(NamedTuple):
     given: _Given | None = None
 
 
+class _Check:
+    """What the chunks of one connection go through: those that bring something new go on; here all of them"""
+
+    def check(self, chunk: Chunk) -> Iterable[Chunk]:
+        """What a chunk brings; StreamInterrupted where it is of another answer"""
+        return (chunk,)
+
+    def end(self) -> Iterable[Chunk]:
+        """What was held back; StreamInterrupted where less came than was given out before"""
+        return ()
+
+
 class _Plan(NamedTuple):
     """A way to go on"""
 
@@ -5988,9 +6001,9 @@ class _Plan(NamedTuple):
     continuity: str
     ask: _Ask
     dialect: Dialect
-    #: what its events, and its chunks, go through
-    events: Callable[[Iterator[ServerSentEvent]], Iterator[ServerSentEvent]] = iter
-    chunks: Callable[[Iterator[Chunk]], Iterator[Chunk]] = iter
+    #: whether an event of it is new; raises StreamInterrupted for one of another answer
+    place: Callable[[ServerSentEvent], bool] = lambda event: True
+    check: _Check = _Check()
     #: what its chunks are held against, which repeat what was given
     given: _Given | None = None
 
@@ -6016,7 +6029,7 @@ def _replay(lost: _Lost) -> _Plan | None:
     plan = _repeating(
         lost, "replay", ask._replace(headers={"Last-Event-ID": cursor}), again, given, whole=again is lost.dialect
     )
-    return plan._replace(events=lambda events: lost.log.rest(events, given))
+    return plan._replace(place=lost.log.rest(given))
 
 
 def _joins(reader: Dialect, answer: _Answer) -> bool:
@@ -6029,11 +6042,7 @@ def _repeating(
 ) -> _Plan:
     """The same generation, held against what was given unless its reader goes on; see _same_answer for ``whole``"""
 
-    def chunks(repeated: Iterator[Chunk]) -> Iterator[Chunk]:
-        same = _same_answer(repeated, lost.answer, whole)
-        return same if given is None else given.missing(same)
-
-    return _Plan(strategy, "replayed", ask, again, chunks=chunks, given=given)
+    return _Plan(strategy, "replayed", ask, again, check=_SameAnswer(lost.answer, given, whole), given=given)
 
 
 def _poll(lost: _Lost) -> _Plan | None:
@@ -6045,15 +6054,23 @@ def _poll(lost: _Lost) -> _Plan | None:
     return _repeating(lost, "poll", _Ask("GET", url, None), _new_dialect(lost.request, ask), _Given(lost.answer))
 
 
-def _same_answer(chunks: Iterator[Chunk], answer: _Answer, whole: bool) -> Iterator[Chunk]:
-    """The same chunks, as long as they are of the same generation
+class _SameAnswer(_Check):
+    """Lets the chunks of one generation through, without what was given
 
     Where they are not ``whole``, what they keep for the vendor is not either, and is left out.
     """
-    for chunk in chunks:
-        if chunk.id and answer.id and chunk.id != answer.id:
+
+    def __init__(self, answer: _Answer, given: _Given | None, whole: bool) -> None:
+        self._answer, self._given, self._whole = answer, given, whole
+
+    def check(self, chunk: Chunk) -> Iterable[Chunk]:
+        if chunk.id and self._answer.id and chunk.id != self._answer.id:
             raise _another_answer()
-        yield chunk if whole else chunk._replace(vendor=None)
+        chunk = chunk if self._whole else chunk._replace(vendor=None)
+        return (chunk,) if self._given is None else self._given.check(chunk)
+
+    def end(self) -> Iterable[Chunk]:
+        return () if self._given is None else self._given.end()
 
 
 def _restart(lost: _Lost) -> _Plan | None:
@@ -6068,17 +6085,10 @@ def _verify(lost: _Lost) -> _Plan | None:
     again = _new_dialect(lost.request, lost.ask)
     if again.choices > 1:
         return None
-    given = _Given(lost.answer)
-
-    def chunks(repeated: Iterator[Chunk]) -> Iterator[Chunk]:
-        for chunk in given.missing(repeated):
-            # the ids of calls are others now than those given out, and those of events of another stream
-            yield chunk._replace(event_id="", vendor=None if lost.answer.tool_calls else chunk.vendor)
-
-    return _Plan("verify", "verified", lost.ask, again, chunks=chunks)
+    return _Plan("verify", "verified", lost.ask, again, check=_Repeated(lost.answer))
 
 
-class _Given:
+class _Given(_Check):
     """What was given out, piece by piece of its kind, against which a repetition is held"""
 
     def __init__(self, answer: _Answer) -> None:
@@ -6090,31 +6100,30 @@ class _Given:
         #: whether what comes is behind all of it
         self.passed = False
 
-    def missing(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """What the chunks bring beyond it; StreamInterrupted at the first difference, or where they end before"""
-        for chunk in chunks:
-            if self.passed:
-                yield chunk
-                continue
-            missing = chunk._replace(
-                text=self._beyond("text", chunk.text),
-                reasoning=self._beyond("reasoning", chunk.reasoning),
-                refusal=self._beyond("refusal", chunk.refusal),
-                tool_calls=tuple(self._calls_beyond(chunk.tool_calls)),
-            )
-            if chunk.finish_reason:
-                self._require_all()
-            if chunk.finish_reason and self._finish_reason:
-                missing = missing._replace(finish_reason=None, finish=None, vendor=None)
-                if chunk.finish_reason != self._finish_reason:
-                    raise self._difference("finish_reason", 0, self._finish_reason, chunk.finish_reason)
-            if not self.is_behind:
-                # nobody can go on from its event: what was given ends behind it
-                missing = missing._replace(event_id="", usage=None)
-            if _says(missing) or missing.finish_reason or missing.usage:
-                yield missing
+    def check(self, chunk: Chunk) -> Iterable[Chunk]:
+        if self.passed:
+            return (chunk,)
+        missing = chunk._replace(
+            text=self._beyond("text", chunk.text),
+            reasoning=self._beyond("reasoning", chunk.reasoning),
+            refusal=self._beyond("refusal", chunk.refusal),
+            tool_calls=tuple(self._calls_beyond(chunk.tool_calls)),
+        )
+        if chunk.finish_reason:
+            self._require_all()
+        if chunk.finish_reason and self._finish_reason:
+            missing = missing._replace(finish_reason=None, finish=None, vendor=None)
+            if chunk.finish_reason != self._finish_reason:
+                raise self._difference("finish_reason", 0, self._finish_reason, chunk.finish_reason)
+        if not self.is_behind:
+            # nobody can go on from its event: what was given ends behind it
+            missing = missing._replace(event_id="", usage=None)
+        return (missing,) if _says(missing) or missing.finish_reason or missing.usage else ()
+
+    def end(self) -> Iterable[Chunk]:
         if not self.passed:
             self._require_all()
+        return ()
 
     def _beyond(self, name: str, piece: str) -> str:
         given, at = self._left[name], self._at[name]
@@ -6167,6 +6176,19 @@ class _Given:
             f"{_excerpt(given, 40)} was given, and now there is {_excerpt(repeated, 40)}",
             retryable=False,
         )
+
+
+class _Repeated(_Given):
+    """The same of another generation"""
+
+    def __init__(self, answer: _Answer) -> None:
+        super().__init__(answer)
+        self._calls_given = bool(answer.tool_calls)
+
+    def check(self, chunk: Chunk) -> Iterable[Chunk]:
+        # the ids of calls are others now than those given out, and those of events of another stream
+        vendor = None if self._calls_given else chunk.vendor
+        return [missing._replace(event_id="", vendor=vendor) for missing in super().check(chunk)]
 
 
 def _common(first: str, second: str) -> int:
@@ -6248,12 +6270,8 @@ def _continue(lost: _Lost) -> _Plan | None:
     if request is None:
         return None
     ask = request.ask()
-    space = text[len(kept) :]
-
-    def chunks(continued: Iterator[Chunk]) -> Iterator[Chunk]:
-        return _estimated(_without_space(_without_echo(continued, text, rule.echoes), space), lost.answer)
-
-    return _Plan("continue", "continued", ask, _new_dialect(request, ask), chunks=chunks)
+    check = _Continued(lost.answer, text, text[len(kept) :], rule.echoes)
+    return _Plan("continue", "continued", ask, _new_dialect(request, ask), check=check)
 
 
 def _lowered(lost: _Lost) -> _Request:
@@ -6270,45 +6288,71 @@ def _tokens_received(answer: _Answer) -> int:
     return max(counted, sum(map(len, answer.text)) // 4)
 
 
-def _without_space(chunks: Iterator[Chunk], space: str) -> Iterator[Chunk]:
-    """The same chunks without the white space that was given already"""
-    for chunk in chunks:
-        common = _common(space, chunk.text) if space and chunk.text else 0
-        if chunk.text:
-            space = space[common:] if common == len(chunk.text) else ""
-        if common < len(chunk.text) or not common:
-            yield chunk._replace(text=chunk.text[common:])
-
-
 #: how many characters, white space aside, of the answer's beginning make a repetition of it: where its provider
 #: echoes, or where it is all of it; and where it is a part of it, and its provider does not
 _ECHO, _UNEXPECTED_ECHO = 4, 12
 
 
-def _without_echo(chunks: Iterator[Chunk], text: str, echoes: bool) -> Iterator[Chunk]:
-    """The same chunks without the text that they repeat first, where the provider ``echoes``
+class _Estimated(_Check):
+    """Chunks of another generation, whose usage counts also what was given before"""
+
+    def __init__(self, answer: _Answer) -> None:
+        self._received = _tokens_received(answer)
+
+    def _counted(self, chunk: Chunk) -> Chunk:
+        usage = chunk.usage
+        if usage is not None:
+            output_tokens = usage.output_tokens + self._received
+            total_tokens = usage.input_tokens + output_tokens
+            usage = usage._replace(output_tokens=output_tokens, total_tokens=total_tokens, cost=None, source="estimate")
+        # the events are another stream's, and what the vendor wants back would be that of a part
+        return chunk._replace(usage=usage, event_id="", vendor=None)
+
+
+class _Continued(_Estimated):
+    """Chunks that go on with a text, without what they repeat of it first, where the provider ``echoes``
 
     Held back until it is known. StreamInterrupted where a part of it is repeated, or with other white space, or
-    all of it by a provider that does not echo. White space at its end does not count.
+    all of it by a provider that does not echo. White space at its end does not count: so much of it as was not sent
+    is in ``space``, and does not come twice.
     """
-    kept, begun = text.rstrip(), _squeezed(text)
-    held: list[Chunk] = []
-    said, repeated = "", 0
-    for chunk in chunks:
-        held.append(chunk)
-        said += chunk.text
+
+    def __init__(self, answer: _Answer, text: str, space: str, echoes: bool) -> None:
+        super().__init__(answer)
+        self._text, self._space, self._echoes = text, space, echoes
+        self._kept, self._begun = text.rstrip(), _squeezed(text)
+        self._held: list[Chunk] | None = []  # None when it is known
+        self._said, self._repeated = "", 0
+
+    def check(self, chunk: Chunk) -> Iterable[Chunk]:
+        if self._held is None:
+            return self._spaced([chunk])
+        self._held.append(chunk)
+        self._said += chunk.text
         piece = _squeezed(chunk.text)
-        common = _common(begun[repeated : repeated + len(piece)], piece)
-        repeated += common
-        if common < len(piece) or (len(said) > len(text) and said.startswith(kept)):
-            break
-    if echoes and said.startswith(kept):
-        yield from _from_position(held, _echo_length(said, text, kept))
-    elif repeated >= (_ECHO if echoes or repeated == len(begun) else _UNEXPECTED_ECHO):
-        raise StreamInterrupted("the continuation repeats the answer, or a part of it", retryable=False)
-    else:
-        yield from held
-    yield from chunks
+        common = _common(self._begun[self._repeated : self._repeated + len(piece)], piece)
+        self._repeated += common
+        is_behind = len(self._said) > len(self._text) and self._said.startswith(self._kept)
+        return self.end() if common < len(piece) or is_behind else ()
+
+    def end(self) -> Iterable[Chunk]:
+        held, self._held = self._held or [], None
+        if self._echoes and self._said.startswith(self._kept):
+            held = _from_position(held, _echo_length(self._said, self._text, self._kept))
+        elif self._repeated >= (_ECHO if self._echoes or self._repeated == len(self._begun) else _UNEXPECTED_ECHO):
+            raise StreamInterrupted("the continuation repeats the answer, or a part of it", retryable=False)
+        return self._spaced(held)
+
+    def _spaced(self, chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+        """The chunks without the white space that was given already"""
+        spaced = []
+        for chunk in chunks:
+            common = _common(self._space, chunk.text) if self._space and chunk.text else 0
+            if chunk.text:
+                self._space = self._space[common:] if common == len(chunk.text) else ""
+            if common < len(chunk.text) or not common:
+                spaced.append(self._counted(chunk._replace(text=chunk.text[common:])))
+        return spaced
 
 
 def _squeezed(text: str) -> str:
@@ -6321,26 +6365,15 @@ def _echo_length(said: str, text: str, kept: str) -> int:
     return len(kept) + _common(text[len(kept) :], said[len(kept) :])
 
 
-def _from_position(chunks: Iterable[Chunk], position: int) -> Iterator[Chunk]:
+def _from_position(chunks: Iterable[Chunk], position: int) -> list[Chunk]:
     """The chunks without so many characters of text at their beginning"""
+    rest = []
     for chunk in chunks:
         skipped = min(position, len(chunk.text))
         position -= skipped
         if skipped < len(chunk.text) or not skipped or chunk.finish_reason:
-            yield chunk._replace(text=chunk.text[skipped:])
-
-
-def _estimated(chunks: Iterator[Chunk], answer: _Answer) -> Iterator[Chunk]:
-    """The same chunks, whose usage counts also what another generation gave before"""
-    received = _tokens_received(answer)
-    for chunk in chunks:
-        usage = chunk.usage
-        if usage is not None:
-            output_tokens = usage.output_tokens + received
-            total_tokens = usage.input_tokens + output_tokens
-            usage = usage._replace(output_tokens=output_tokens, total_tokens=total_tokens, cost=None, source="estimate")
-        # the events are another stream's, and what the vendor wants back would be that of a part
-        yield chunk._replace(usage=usage, event_id="", vendor=None)
+            rest.append(chunk._replace(text=chunk.text[skipped:]))
+    return rest
 
 
 #: characters that the model is asked to repeat, and how few of them, white space aside, would prove nothing
@@ -6371,30 +6404,39 @@ def _anchor(lost: _Lost) -> _Plan | None:
     request = _lowered(lost).and_then(said, told)
     ask = request.ask()
 
-    def chunks(continued: Iterator[Chunk]) -> Iterator[Chunk]:
-        return _estimated(_after_anchor(continued, tail), lost.answer)
-
-    return _Plan("anchor", "continued", ask, _new_dialect(request, ask), chunks=chunks)
+    check = _Anchored(lost.answer, tail)
+    return _Plan("anchor", "continued", ask, _new_dialect(request, ask), check=check)
 
 
-def _after_anchor(chunks: Iterator[Chunk], tail: str) -> Iterator[Chunk]:
+class _Anchored(_Estimated):
     """What follows the repeated words; StreamInterrupted, and nothing given out, where they are not repeated"""
-    held: list[Chunk] = []
-    said = ""
-    for chunk in chunks:
+
+    def __init__(self, answer: _Answer, tail: str) -> None:
+        super().__init__(answer)
+        self._tail = tail
+        self._held: list[Chunk] | None = []  # None when they were repeated
+        self._said = ""
+
+    def check(self, chunk: Chunk) -> Iterable[Chunk]:
+        if self._held is None:
+            return (self._counted(chunk),)
         if chunk.text:
-            held.append(chunk)
-            said += chunk.text
-        if not tail.startswith(said[: len(tail)]) or (chunk.finish_reason and len(said) < len(tail)):
+            self._held.append(chunk)
+            self._said += chunk.text
+        length = len(self._tail)
+        if not self._tail.startswith(self._said[:length]) or (chunk.finish_reason and len(self._said) < length):
             raise StreamInterrupted(
                 "the model was asked to repeat its last words, and said something else", retryable=False
             )
-        if len(said) >= len(tail):
-            yield from _from_position(held or [chunk], len(tail))
-            break
-    else:
-        raise StreamInterrupted("the model was asked to repeat its last words, and said nothing", retryable=False)
-    yield from chunks
+        if len(self._said) < length:
+            return ()
+        held, self._held = self._held or [chunk], None
+        return map(self._counted, _from_position(held, length))
+
+    def end(self) -> Iterable[Chunk]:
+        if self._held is not None:
+            raise StreamInterrupted("the model was asked to repeat its last words, and said nothing", retryable=False)
+        return ()
 
 
 _STRATEGIES: dict[str, Callable[[_Lost], _Plan | None]] = {
@@ -6447,7 +6489,9 @@ def _resumed(
     while True:
         try:
             with contextlib.closing(read(plan)) as chunks:
-                yield from plan.chunks(chunks)
+                for chunk in chunks:
+                    yield from plan.check.check(chunk)
+                yield from plan.check.end()
             return
         except SheepError as error:
             plan = resume(error)
@@ -7628,7 +7672,7 @@ class _Call:
 
     def _first_plan(self) -> _Plan:
         """What there is before anything is lost"""
-        return _Plan("", "single", self._asked, _new_dialect(self.request, self._asked), self._events.noted)
+        return _Plan("", "single", self._asked, _new_dialect(self.request, self._asked), self._events.place)
 
     # Sending
 
@@ -8036,7 +8080,7 @@ class _Call:
             self._events = _EventLog()
         if plan.strategy == "restart":
             self.answer = _Answer()
-            self._plan = plan._replace(events=self._events.noted)
+            self._plan = plan._replace(place=self._events.place)
             if self._journal is not None:
                 self._journal.restart()
         self.reconnects += 1
@@ -8125,7 +8169,7 @@ class _Call:
         try:
             is_bounded = document and _has_known_end(response)
             events = _framed(blocks, content_type, self._options.format, self._options.max_event_size, is_bounded)
-            yield from self._timed(_parsed(plan.events(events), dialect, document), dialect)
+            yield from self._timed(_parsed(filter(plan.place, events), dialect, document), dialect)
             if self.wire.ended:
                 raise StreamInterrupted("ended from outside")
             if dialect.done:
