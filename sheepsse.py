@@ -68,7 +68,6 @@ from typing import (
     Container,
     ContextManager,
     Dict,
-    Generator,
     Iterable,
     Iterator,
     List,
@@ -1465,32 +1464,49 @@ class _AnswerDecoder(SSEDecoder):
         return bare + super().flush()
 
 
-def _framed(
-    blocks: Iterator[bytes], content_type: str, format: str | None, max_event_size: int, is_bounded: bool = False
-) -> Iterator[ServerSentEvent]:
-    """The events of an answer, in the framing it has; InvalidStreamError where that is none of ours
+class _BodyDecoder:
+    """Bytes of an answer in, its events out, in the framing it has; InvalidStreamError where that is none of ours
 
     ``is_bounded`` says that the body is one document whose end cannot be mistaken.
     """
-    start = bytearray()
-    blank = True
-    for block in blocks:
+
+    def __init__(self, content_type: str, format: str | None, max_event_size: int, is_bounded: bool = False) -> None:
+        self._content_type, self._format, self._max_event_size = content_type, format, max_event_size
+        self._is_bounded = is_bounded
+        self._start, self._blank = bytearray(), True
+        self._decoder: SSEDecoder | _JSONDecoder | None = None  # when its framing is known
+
+    def feed(self, block: bytes) -> list[ServerSentEvent]:
+        """The events that this block completes"""
+        if self._decoder is not None:
+            return self._decoder.feed(block)
         # blank lines before the first event mean nothing in any framing; spaces are part of its line
-        blank = blank and block.isspace()
-        line = 1 + max(block.rfind(b"\r"), block.rfind(b"\n")) if blank else 0
+        self._blank = self._blank and block.isspace()
+        line = 1 + max(block.rfind(b"\r"), block.rfind(b"\n")) if self._blank else 0
         if line:
-            start.clear()
-        start += block[line:]
-        if len(start) > max_event_size or (not blank and _can_be_told(content_type, _visible(start))):
-            break
-    visible = _visible(start)
-    if visible or len(start) > max_event_size:
-        kind = format or (_framing(content_type, visible) if visible else "sse")
-        decoder = _AnswerDecoder(max_event_size) if kind == "sse" else _JSONDecoder(max_event_size)
-        yield from _decoded(itertools.chain((bytes(start),), blocks), decoder)
-        if isinstance(decoder, _JSONDecoder) and decoder.is_inside:
-            if is_bounded and decoder.is_first:
-                raise InvalidStreamError(f"expected JSON, got a whole body that is none: {_excerpt(visible)}")
+            self._start.clear()
+        self._start += block[line:]
+        is_told = not self._blank and _can_be_told(self._content_type, _visible(self._start))
+        return self._begin() if is_told or len(self._start) > self._max_event_size else []
+
+    def _begin(self) -> list[ServerSentEvent]:
+        visible = _visible(self._start)
+        kind = self._format or (_framing(self._content_type, visible) if visible else "sse")
+        self._decoder = (_AnswerDecoder if kind == "sse" else _JSONDecoder)(self._max_event_size)
+        return self._decoder.feed(bytes(self._start))
+
+    def flush(self) -> list[ServerSentEvent]:
+        """The last events, where the body has ended"""
+        events = self._begin() if self._decoder is None and _visible(self._start) else []
+        return events if self._decoder is None else events + self._decoder.flush()
+
+    def check_end(self) -> None:
+        """Raises an error where the body has ended amid its JSON"""
+        if isinstance(self._decoder, _JSONDecoder) and self._decoder.is_inside:
+            if self._is_bounded and self._decoder.is_first:
+                raise InvalidStreamError(
+                    f"expected JSON, got a whole body that is none: {_excerpt(_visible(self._start))}"
+                )
             raise StreamInterrupted("the answer ended in the middle of its JSON")
 
 
@@ -1702,6 +1718,16 @@ class Dialect:
         if failure is not None:
             self.whole = self.done = self.finished = False
             raise failure
+
+    def last(self, is_end: bool) -> Iterator[Chunk]:
+        """The last chunks, where the answer has ended, or its body has (``is_end``)"""
+        self.whole = self.whole or (is_end and self.finished and self.ends_with_body)
+        yield from self.end()
+
+    def require_whole(self) -> None:
+        """StreamInterrupted where the answer has ended and is not whole"""
+        if self.require_end and not self.whole:
+            raise StreamInterrupted("the stream ended without its end marker")
 
     def end(self) -> Iterator[Chunk]:
         """The last chunks, where the answer has ended: halves of characters whose other half never came"""
@@ -3515,30 +3541,18 @@ def _dialect(dialect: str | type[Dialect]) -> type[Dialect]:
     return DIALECTS[dialect] if isinstance(dialect, str) else dialect
 
 
-def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect, document: bool = False) -> Iterator[Chunk]:
-    """The chunks of events, to the end that the dialect knows
-
-    ``document`` says that the events are all of one JSON document, which is an answer or none.
-    """
-    said = False
+def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect) -> Iterator[Chunk]:
+    """The chunks of events, to the end that the dialect knows"""
     try:
         for event in events:
-            for chunk in dialect.read(event):
-                said = said or _says(chunk)
-                yield chunk
+            yield from dialect.read(event)
             if dialect.done:
                 break
-        else:
-            dialect.whole = dialect.whole or (dialect.finished and dialect.ends_with_body)
-        yield from dialect.end()
-        if document and not said and not dialect.whole:
-            raise InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
-        if dialect.require_end and not dialect.whole:
-            raise StreamInterrupted("the stream ended without its end marker")
-    except (InvalidStreamError, StreamInterrupted, StreamTimeout) as error:
+        yield from dialect.last(not dialect.done)
+        dialect.require_whole()
+    except (InvalidStreamError, StreamInterrupted, StreamTimeout):
         if not dialect.whole:  # else only the usage is lost, or the way the connection ends
             raise
-        dialect.lost = isinstance(error, StreamInterrupted)
 
 
 def _folded(chunks: Iterable[Chunk], answer: _Answer) -> Iterator[Chunk]:
@@ -5824,7 +5838,6 @@ class _EventLog:
         self._former: tuple[tuple[str, int | None], ...] = tuple(self._marks)
         self._partial = bool(self._marks)
         self._given: _Given | None = None
-        self._said = len(self._marks)
         self._idle = False
 
     @property
@@ -5848,26 +5861,14 @@ class _EventLog:
         """Where the event is that the cursor is of; those after it came without an id"""
         return [id for id, _ in self._marks].index(self.cursor)
 
-    def place(self, event: ServerSentEvent) -> bool:
-        """Notes an event; all of them are new"""
-        self._note(event)
-        return True
-
-    def _note(self, event: ServerSentEvent) -> None:
+    def note(self, event: ServerSentEvent) -> None:
+        """Notes an event, all of which was given out"""
         if self._idle or event.event == "ping":
             return
         self._marks.append((event.id or self.cursor, _checksum(event)))
         if len(self._marks) >= self._PATIENCE and not self.cursor:
             self._idle = True
             self._marks.clear()
-
-    def said(self) -> None:
-        """The last event was a part of the answer"""
-        self._said = len(self._marks)
-
-    def forget_last(self) -> None:
-        """Takes back the last event, if it was no part of the answer"""
-        del self._marks[max(self._said, len(self._marks) - 1) :]
 
     def rest(self, given: _Given | None) -> Callable[[ServerSentEvent], bool]:
         """What tells the new events of a new connection from those noted, which must be the same
@@ -5876,23 +5877,22 @@ class _EventLog:
         on, all are new: then it is for ``given`` to tell what is.
         """
         position: int | None = None
+        noted = 0
 
         def place(event: ServerSentEvent) -> bool:
-            nonlocal position
+            nonlocal position, noted
             if event.event == "ping":
                 return False
             if position is None:
                 if given is not None and self._partial and not given.passed:
                     self._begin_again(event, given)
-                position = self._position(event)
-            if position < len(self._marks):
+                position, noted = self._position(event), len(self._marks)
+            if position < noted:
                 self._require_same(event, *self._marks[position])
                 position += 1
                 return False
             if self._partial and event.id in [id for id, _ in self._former]:
                 raise _another_answer()
-            self._note(event)
-            position = len(self._marks)
             return True
 
         return place
@@ -6478,23 +6478,89 @@ def _point(resume_from: Any) -> ResumePoint | None:
     raise TypeError(f"resume_from takes an error or its resume_point, got {type(resume_from).__name__}")
 
 
-def _resumed(
-    plan: _Plan, read: Callable[[_Plan], Generator[Chunk, None, None]], resume: Callable[[SheepError], _Plan]
-) -> Iterator[Chunk]:
-    """The chunks of a stream over as many connections as it takes
+class _Came(NamedTuple):
+    """What is to be given out next"""
 
-    ``read`` gives the chunks of the connection that a plan has opened, ``resume`` opens the next one for what was
-    lost, or raises the error where there is no way.
-    """
-    while True:
+    chunk: Chunk | None = None
+    #: the event of which nothing is left then
+    event: ServerSentEvent | None = None
+    #: what its generation took so far
+    usage: Usage | None = None
+
+
+class _Reading:
+    """The answer of one connection: each turn a block of it becomes events, and these chunks, which go into a queue"""
+
+    def __init__(
+        self, plan: _Plan, response: requests.Response, blocks: Iterator[bytes], body: _BodyDecoder, is_document: bool
+    ) -> None:
+        self.plan, self.response, self.is_document = plan, response, is_document
+        self._blocks, self._body = blocks, body
+        #: what the provider says that this generation took
+        self.usage: Usage | None = None
+        #: whether a piece of the answer came
+        self.said = False
+        self.ended = False
+        self._is_checked = True  # whether the last chunk was found to be of this answer
+
+    def turn(self, queue: collections.deque[_Came]) -> None:
+        """Reads a block, and queues what it brings"""
+        dialect = self.plan.dialect
         try:
-            with contextlib.closing(read(plan)) as chunks:
-                for chunk in chunks:
-                    yield from plan.check.check(chunk)
-                yield from plan.check.end()
-            return
-        except SheepError as error:
-            plan = resume(error)
+            block = next(self._blocks, b"")
+            self._take(self._body.feed(block) if block else self._body.flush(), queue)
+            if block and not dialect.done:
+                return
+            if not dialect.done:
+                self._body.check_end()
+            self._queue(dialect.last(not dialect.done), queue)
+            if self.is_document and not (self.said or dialect.whole):
+                raise InvalidStreamError(
+                    "expected an answer, got JSON that holds none; is the base URL that of the API?"
+                )
+            dialect.require_whole()
+        except (InvalidStreamError, StreamInterrupted, StreamTimeout) as error:
+            if not (dialect.whole and self._is_checked):  # else only the usage is lost, or the way the connection ends
+                raise
+            dialect.lost = isinstance(error, StreamInterrupted)
+        self.ended = True
+
+    def end(self, queue: collections.deque[_Came]) -> None:
+        """Queues what was held back"""
+        queue.extend(map(_Came, self.plan.check.end()))
+
+    def _take(
+        self,
+        events: Iterable[ServerSentEvent],
+        queue: collections.deque[_Came],
+    ) -> None:
+        for event in events:
+            if not self.plan.place(event):
+                continue
+            before = len(queue)
+            try:
+                self._queue(self.plan.dialect.read(event), queue)
+            except SheepError:
+                if len(queue) > before:
+                    queue[-1] = queue[-1]._replace(event=event)
+                raise
+            queue.append(queue.pop()._replace(event=event) if len(queue) > before else _Came(event=event))
+            if self.plan.dialect.done:
+                return
+
+    def _queue(self, chunks: Iterable[Chunk], queue: collections.deque[_Came]) -> None:
+        for chunk in chunks:
+            self.said = self.said or _says(chunk)
+            self.usage = self.usage if chunk.usage is None else chunk.usage
+            self._is_checked = False
+            new = [_Came(each, None, chunk.usage) for each in self.plan.check.check(chunk)]
+            self._is_checked = True
+            queue.extend(new or [_Came(usage=chunk.usage)])
+
+    def read_out(self) -> None:
+        """What follows the end marker means nothing, but only a body read to its end frees the connection"""
+        for _ in _until_failure(self._blocks, []):
+            pass
 
 
 # ============================================================================================================
@@ -7665,6 +7731,13 @@ class _Call:
             self._alignment = _Alignment(terms.alignment, request.messages, request.model)
         self._asked = self._ask = request.ask()  # at first, and as it stands
         self._events = _EventLog(events)
+        self._queue: collections.deque[_Came] = collections.deque()
+        self._failure: SheepError | None = None  # of the stream, behind what is in the queue
+        self._reading: _Reading | None = None  # None where there is no more to read
+        self._is_awaited = False  # whether the time for the next chunk begins anew
+        self._saved: collections.deque[Chunk] | None = None  # what a checkpoint holds, to be given out first
+        #: whether the chunk that was given last completes an event that has an id of its own
+        self.has_own_id = False
         self._plan = self._first_plan()
         self._where = _public_url(self._ask.url)
         self._origin = _split_url(self._ask.url).netloc.rpartition("@")[2]
@@ -7672,7 +7745,7 @@ class _Call:
 
     def _first_plan(self) -> _Plan:
         """What there is before anything is lost"""
-        return _Plan("", "single", self._asked, _new_dialect(self.request, self._asked), self._events.place)
+        return _Plan("", "single", self._asked, _new_dialect(self.request, self._asked))
 
     # Sending
 
@@ -8080,7 +8153,7 @@ class _Call:
             self._events = _EventLog()
         if plan.strategy == "restart":
             self.answer = _Answer()
-            self._plan = plan._replace(place=self._events.place)
+            self._plan = plan
             if self._journal is not None:
                 self._journal.restart()
         self.reconnects += 1
@@ -8091,128 +8164,176 @@ class _Call:
 
     # Reading
 
-    def chunks(self) -> Iterator[Chunk]:
-        try:
-            # before what was saved is handed out it is known that the answer goes on from there
-            asked = self.response is not None and not self.cached
-            new = self._new_chunks() if asked else iter(())
-            first = list(itertools.islice(new, 1 if self._untold else 0))
-            for chunk in self._journal.chunks if self._journal is not None else ():
-                self.clock.note(chunk, time.monotonic())
-                yield chunk
-            if self._alignment is None:
-                yield from itertools.chain(first, new)
-            else:
-                yield from self._counted(itertools.chain(first, new), self._alignment)
-            self.answer.complete = True
-            self.end_passage(True if self._was_asked else None)
-        finally:
-            self.close()
+    def _begin_to_read(self) -> collections.deque[Chunk]:
+        """Begins, and gives what a checkpoint holds, once it is known that the answer goes on from there"""
+        if self.response is not None and not self.cached:
+            self._read(self._plan)
+        if self._untold:
+            self._fill()
+            self._untold = False
+        return collections.deque(self._journal.chunks if self._journal is not None else ())
 
-    def _counted(self, chunks: Iterator[Chunk], alignment: _Alignment) -> Iterator[Chunk]:
-        """The same chunks, whose tokens are counted"""
-        for chunk in chunks:
-            yield chunk
-            alignment.note(self.answer, self.clock.chunks)
-        self._align(alignment)
+    def next(self) -> Chunk | None:
+        """The next chunk, None at the end of the answer"""
+        if self.is_over and (self.wire.ended or not self._is_whole):
+            raise self._judged(StreamTimeout("the deadline of the call has passed"))
+        if self._saved is None:
+            self._saved = self._begin_to_read()
+        if self._saved:
+            saved = self._saved.popleft()
+            self.has_own_id = True
+            self.clock.note(saved, time.monotonic())
+            return saved
+        if not (self._queue or self._fill()):
+            self._complete()
+            return None
+        came = self._queue.popleft()
+        self._note(came)
+        assert came.chunk is not None
+        self.has_own_id = came.event is not None and self._events.has_own_id
+        self._given(came.chunk)
+        self._skip()
+        return came.chunk
+
+    def _note(self, came: _Came) -> None:
+        if came.event is not None:
+            self._events.note(came.event)
+        if came.usage is not None:
+            self.usages[-1:] = [came.usage]
+
+    def _skip(self) -> None:
+        """Notes what brings no chunk, so that a chunk is next"""
+        while self._queue and self._queue[0].chunk is None:
+            self._note(self._queue.popleft())
+
+    @property
+    def _is_whole(self) -> bool:
+        is_left = any(came.chunk is not None and _says(came.chunk) for came in self._queue)
+        return self.cached or ((self._whole or self._plan.dialect.whole) and not is_left)
+
+    def _given(self, chunk: Chunk) -> None:
+        """Notes a chunk that is given out now"""
+        self.answer.add(chunk)
+        self.clock.note(chunk, self._came_at)
+        says = _says(chunk)
+        self._progress = self._progress or says
+        if says or chunk.finish_reason or self._plan.dialect.whole:  # else it is as good as a ping
+            self._is_awaited = True
+        self._size += _size_of(chunk)
+        if self._size > self._options.max_answer_size:
+            raise StreamError(
+                f"the answer is larger than {self._options.max_answer_size} bytes: raise max_answer_size if so much "
+                "is meant",
+                retryable=False,
+            )
+        if self._journal is not None:
+            self._journal.note(self.continuity)
+            # where to go on after a kill is known of events with an id of their own alone
+            self._journal.append(chunk if self.has_own_id else chunk._replace(event_id=""))
+        if self._alignment is not None:
+            self._alignment.note(self.answer, self.clock.chunks)
+
+    def _fill(self) -> bool:
+        """Reads until there is something in the queue; False at the end. The one place where a loss is handled"""
+        asked = time.monotonic()
+        while not self._queue:
+            try:
+                if self._failure is not None:
+                    failure, self._failure = self._failure, None
+                    raise failure
+                if self._reading is None:
+                    return False
+                self._turn(self._reading)
+                self._skip()
+            except SheepError as error:
+                self._skip()
+                if not self._queue:
+                    self._go_on(error)
+                    continue
+                self._failure = error  # what came before it is given out first
+                for link in _chain(error):
+                    link.__traceback__ = None  # whose frames hold the call, which would hold itself
+        self._came_at = time.monotonic()
+        self.clock.wait(asked, self._came_at)
+        return True
+
+    def _go_on(self, lost: SheepError) -> None:
+        """Begins to read the next connection; raises the error where there is none"""
+        try:
+            plan = self.resume(lost)
+        except SheepError as error:
+            if not self._whole or self.wire.ended:
+                raise
+            _log.debug("request %s: the answer is whole, what follows it is lost: %s", self.own_request_id, error)
+            self._reading = None
+            return
+        self._read(plan)
+
+    def _read(self, plan: _Plan) -> None:
+        """Begins to read the connection that a plan has opened"""
+        response = self.response
+        assert response is not None
+        content_type = response.headers.get("Content-Type") or ""
+        is_document = _is_document(content_type)
+        is_bounded = is_document and _has_known_end(response)
+        body = _BodyDecoder(content_type, self._options.format, self._options.max_event_size, is_bounded)
+        self._reading = _Reading(plan, response, _limited_blocks(response, self.wire), body, is_document)
+        if self.wire.due is not None:  # what the caller did since the answer began is not the server's time
+            self.wire.due += time.monotonic() - self._answered_at
+
+    def _turn(self, reading: _Reading) -> None:
+        """One turn of the loop"""
+        wire, dialect, idle = self.wire, reading.plan.dialect, self._options.idle_timeout
+        if self._is_awaited and dialect.whole:
+            wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
+        elif self._is_awaited:
+            wire.expect(idle, f"no chunk came for the idle_timeout of {idle} seconds")
+        self._is_awaited = False
+        try:
+            if wire.ended:
+                raise StreamInterrupted("ended from outside")
+            reading.turn(self._queue)
+            if not reading.ended:
+                return
+            if wire.ended:
+                raise StreamInterrupted("ended from outside")
+            if dialect.done:
+                wire.expect(_DRAIN_TIME, "the body did not end after its end marker")
+                reading.read_out()
+            elif dialect.lost and reading.usage is None and self.answer.usage is None:
+                self._whole = True
+                raise StreamInterrupted("the connection was lost between the answer and its usage")
+            self._reading = None
+            reading.end(self._queue)
+        except SheepError as error:
+            if reading.is_document and isinstance(error, StreamError) and not (self.answer.given or reading.said):
+                error = _refused_with_200(error)
+            self._let_go(reading)
+            raise self._judged(error) from error.__cause__
+        except BaseException:
+            self._let_go(reading)
+            raise
+        self._let_go(reading)
+
+    def _let_go(self, reading: _Reading) -> None:
+        self.wire.detach()
+        reading.response.close()
+
+    def _complete(self) -> None:
+        """The answer is whole, and all of it was given out"""
+        if self._journal is not None and not self.cached:
+            self._journal.note(self.continuity)
+            self._journal.finish()
+        if self._alignment is not None:
+            self._align(self._alignment)
+        self.answer.complete = True
+        self.end_passage(True if self._was_asked else None)
+        self.close()
 
     def _align(self, alignment: _Alignment, cut: bool = False) -> None:
         self._alignment = None
         self.answer.usage = alignment.aligned(self.answer, self._plan.dialect.choices, cut)
         self.usages[-1:] = [self.answer.usage]
-
-    def _new_chunks(self) -> Iterator[Chunk]:
-        chunks = _resumed(self._plan, self._read, self.resume)
-        while True:
-            asked = time.monotonic()
-            chunk = self._next(chunks)
-            self._untold = False
-            if chunk is None:
-                break
-            self._came_at = time.monotonic()
-            self.clock.wait(asked, self._came_at)
-            self.answer.add(chunk)
-            self._progress = self._progress or _says(chunk)
-            self.clock.note(chunk, self._came_at)
-            self._size += _size_of(chunk)
-            if self._size > self._options.max_answer_size:
-                raise StreamError(
-                    f"the answer is larger than {self._options.max_answer_size} bytes: raise max_answer_size if so "
-                    "much is meant",
-                    retryable=False,
-                )
-            if self._journal is not None:
-                self._journal.note(self.continuity)
-                # where to go on after a kill is known of events with an id of their own alone
-                self._journal.append(chunk if self._events.has_own_id else chunk._replace(event_id=""))
-            yield chunk
-        if self._journal is not None:
-            self._journal.note(self.continuity)
-            self._journal.finish()
-
-    def _next(self, chunks: Iterator[Chunk]) -> Chunk | None:
-        try:
-            return next(chunks, None)
-        except SheepError as error:
-            if not self._whole or self.wire.ended:
-                raise
-            _log.debug("request %s: the answer is whole, what follows it is lost: %s", self.own_request_id, error)
-            return None
-
-    def _read(self, plan: _Plan) -> Generator[Chunk, None, None]:
-        """The chunks of the connection that a plan has opened"""
-        response, dialect = self.response, plan.dialect
-        assert response is not None
-        content_type = response.headers.get("Content-Type") or ""
-        document = _is_document(content_type)
-        blocks = _limited_blocks(response, self.wire)
-        try:
-            is_bounded = document and _has_known_end(response)
-            events = _framed(blocks, content_type, self._options.format, self._options.max_event_size, is_bounded)
-            yield from self._timed(_parsed(filter(plan.place, events), dialect, document), dialect)
-            if self.wire.ended:
-                raise StreamInterrupted("ended from outside")
-            if dialect.done:
-                self._read_out(response, blocks)
-            elif dialect.lost and self.answer.usage is None:
-                self._whole = True
-                raise StreamInterrupted("the connection was lost between the answer and its usage")
-        except SheepError as error:
-            if isinstance(error, StreamError):
-                self._events.forget_last()
-            if document and isinstance(error, StreamError) and not self.answer.given:
-                error = _refused_with_200(error)
-            raise self._judged(error) from error.__cause__
-        finally:
-            self.wire.detach()
-            response.close()
-
-    def _timed(self, chunks: Iterator[Chunk], dialect: Dialect) -> Iterator[Chunk]:
-        """The same chunks, each within the limits"""
-        wire, idle = self.wire, self._options.idle_timeout
-        reason = f"no chunk came for the idle_timeout of {idle} seconds"
-        if wire.due is not None:  # what the caller did since the answer began is not the server's time
-            wire.due += time.monotonic() - self._answered_at
-        while True:
-            if wire.ended or (wire.deadline is not None and self.is_late and not dialect.whole):
-                raise StreamTimeout("the deadline of the call has passed")
-            chunk = next(chunks, None)
-            if chunk is None:
-                return
-            if chunk.usage is not None:
-                self.usages[-1:] = [chunk.usage]
-            self._events.said()
-            yield chunk
-            if dialect.whole:
-                wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
-            elif _says(chunk) or chunk.finish_reason:  # else it is as good as a ping
-                wire.expect(idle, reason)
-
-    def _read_out(self, response: requests.Response, blocks: Iterator[bytes]) -> None:
-        """What follows the end marker means nothing, but only a body read to its end frees the connection"""
-        self.wire.expect(_DRAIN_TIME, "the body did not end after its end marker")
-        for _ in _until_failure(blocks, []):
-            pass
 
     # Ending
 
@@ -8345,7 +8466,7 @@ class Stream:
     def __init__(self, call: _Call, spares: Iterable[_Spare] = ()) -> None:
         self._call = call
         self._spares = list(spares)
-        self._chunks: Iterator[Chunk] | None = None
+        self._is_open = False
         self._ended = False
         self._gave = False  # a piece of the answer
         self._ending = ""  # why it was ended from outside
@@ -8381,9 +8502,9 @@ class Stream:
     def _came(self) -> Chunk | None:
         """What comes next; from a spare, where nothing came yet and nothing will"""
         while True:
-            chunks = self._open()
+            self._open()
             try:
-                came = next(chunks, None)
+                came = self._call.next()
             except SheepError as error:
                 if not self._took_a_spare(error):
                     raise
@@ -8399,7 +8520,7 @@ class Stream:
                 continue
             _log.info("request %s: %s, another is asked: %s", failed.own_request_id, error.code, error)
             spare.call.follow(failed, error)
-            self._call, self._chunks = spare.call, None
+            self._call, self._is_open = spare.call, False
             failed.close()
             failed.end_passage(None)
             if self._ending:  # meanwhile
@@ -8407,18 +8528,17 @@ class Stream:
             return True
         return False
 
-    def _open(self) -> Iterator[Chunk]:
-        if self._chunks is None and self._spares:
+    def _open(self) -> None:
+        if not self._is_open and self._spares:
             self._prefer_kept()
-        while self._chunks is None:
+        while not self._is_open:
             self._call.has_spare = bool(self._spares)
             try:
                 self._call.start()
-                self._chunks = self._call.chunks()
+                self._is_open = True
             except SheepError as error:
                 if not self._took_a_spare(error):
                     raise
-        return self._chunks
 
     def _prefer_kept(self) -> None:
         """An answer that is in a file already is given from there, whoever gave it"""
@@ -8432,7 +8552,7 @@ class Stream:
                 return None
             raise RuntimeError("a Stream belongs to one thread; only cancel() and close() may come from others")
         try:
-            if self._chunks is not None and not self._call.wire.is_own:
+            if self._is_open and not self._call.wire.is_own:
                 raise RuntimeError("this Stream was opened before a fork: the process that opened it reads it")
             return step()
         except _StreamClosed:
@@ -8478,7 +8598,6 @@ class Stream:
 
     def _finish(self) -> None:
         self._ended = True
-        self._chunks = None
         for spare in self._spares:
             spare.call.close()
         self._call.close()
@@ -9999,7 +10118,7 @@ class _Production:
 
 def _own_event_id(chunk: Chunk, stream: Stream) -> str:
     """The id of the upstream event that a chunk is of, "" where that came without one of its own"""
-    return chunk.event_id if stream._call._events.has_own_id else ""
+    return chunk.event_id if stream._call.has_own_id else ""
 
 
 def _facts(stream: Stream, size: int) -> dict[str, Any]:

@@ -1383,8 +1383,16 @@ def test_json_may_begin_with_a_bom(server, client, content_type):
     assert text_of(server, client, BOM + LINES, content_type) == "Good day"
 
 
+def events_in(blocks, content_type, limit=LIMIT):
+    body = sheepsse._BodyDecoder(content_type, None, limit)
+    for block in blocks:
+        yield from body.feed(block)
+    yield from body.flush()
+    body.check_end()
+
+
 def framed(blocks, content_type, limit=LIMIT):
-    return until_error(sheepsse._framed(iter(blocks), content_type, None, limit))
+    return until_error(events_in(blocks, content_type, limit))
 
 
 @pytest.mark.parametrize(
@@ -1424,7 +1432,7 @@ def test_any_answer_means_the_same_however_it_is_cut(data, positions, content_ty
 @pytest.mark.parametrize("block", [1, 1000])
 def test_the_first_event_of_an_answer_is_given_out_before_more_is_asked_for(start, content_type, block):
     source = iter([*blocks_of(start, block), b"\n\n"])
-    next(sheepsse._framed(source, content_type, None, LIMIT))
+    next(events_in(source, content_type))
     assert list(source) == [b"\n\n"]
 
 
@@ -1435,7 +1443,7 @@ def test_the_first_event_of_an_answer_is_given_out_before_more_is_asked_for(star
 )
 def test_blank_padding_does_not_hold_the_first_event_back(start):
     source = iter([start, b"\n\n"])
-    next(sheepsse._framed(source, "text/event-stream", None, LIMIT))
+    next(events_in(source, "text/event-stream"))
     assert list(source) == [b"\n\n"]
 
 

@@ -146,14 +146,6 @@ def test_public_methods_are_documented():
                     assert inspect.getdoc(member) or inherited, f"{name}.{method}"
 
 
-def test_functions_are_short_enough_to_read():
-    functions = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
-    bodies = sorted(node.end_lineno - node.body[0].lineno + 1 for node in functions)
-    assert bodies[len(bodies) // 2] <= 8
-    assert bodies[len(bodies) * 9 // 10] <= 30
-    assert bodies[-1] <= 50
-
-
 def test_error_messages_have_no_final_period():
     for node in ast.walk(TREE):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
