@@ -1710,9 +1710,16 @@ class Dialect:
         """What an event brings; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
         raise NotImplementedError
 
-    def read(self, event: ServerSentEvent) -> Iterator[Chunk]:
+    def read(self, event: ServerSentEvent) -> Iterable[Chunk]:
         """The chunks of an event, without halves of characters; raises for a finish reason that means a failure"""
-        for chunk in self.chunks(event):
+        chunks, data = self.chunks(event), event.data
+        may_have_halves = self._halves or "\\ud" in data or "\\uD" in data or not data.isascii()
+        if isinstance(chunks, list) and not may_have_halves and self._failure is None:
+            return chunks
+        return self._checked(chunks)
+
+    def _checked(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        for chunk in chunks:
             yield self._without_halves(chunk)
         failure, self._failure = self._failure, None  # another connection may be read on
         if failure is not None:
@@ -1742,7 +1749,10 @@ class Dialect:
             self.done, self.whole = True, self.whole or self.finished
         if not data or self.done or data[0] == ":":  # the last is a comment in the place of data
             return None
-        payload = _json(data)
+        try:
+            payload = _decode_json(data)
+        except (ValueError, RecursionError):
+            payload = _NO_JSON
         if isinstance(payload, list) and len(payload) == 1:
             payload = payload[0]
         if isinstance(payload, dict):
@@ -1887,64 +1897,80 @@ class _OpenAI(Dialect):
         if payload is None:
             self.whole = self.whole or self.done  # Snowflake sends no finish reason
             return []
-        groq = _dict(payload.get("x_groq"))
-        error = _reported_error(payload, event.event == "error") or _reported_error({"error": groq.get("error")})
-        choices = [choice for choice in _list(payload.get("choices")) if isinstance(choice, dict)]
-        named = Chunk(
-            usage=next((self.usage(place["usage"]) for place in (payload, groq, *choices) if place.get("usage")), None),
-            event_id=event.id or "",
-            raw=payload,
-            id=_text(payload.get("id")),
-            model=_text(payload.get("model")),
-        )
-        read = [self._delta(choice, position) for position, choice in enumerate(choices)]
-        self._begun.update(sent for sent, delta, _ in read if delta)
-        self._choices.note([sent for sent, _, _ in read], {sent for sent, _, content in read if content.text})
-        chunks = []
-        for choice, (sent, delta, content) in zip(choices, read):
-            error = error or _reported_error(choice) or _reported_error({"error": delta.get("error")})
-            chunks.append(self._choice(choice, sent, delta, content, named))
-        if not choices and ((error is None and "choices" in payload) or named.usage):  # else a ping, or the like
-            chunks.append(named)
-        self.finished, self.whole = self._choices.state
+        error, groq = None, _dict(payload["x_groq"]) if "x_groq" in payload else {}
+        if event.event == "error" or "type" in payload or not _ERROR_MEMBERS.isdisjoint(payload):
+            error = _reported_error(payload, event.event == "error")
+        if groq:
+            error = error or _reported_error({"error": groq.get("error")})
+        choices = payload.get("choices")
+        choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+        usage: Usage | None = None
+        for place in (payload, groq, *choices):
+            if usage is None and place.get("usage"):
+                usage = self.usage(place["usage"])
+        id, model = payload.get("id", ""), payload.get("model", "")
+        named: dict[str, Any] = {
+            "usage": usage,
+            "event_id": event.id or "",
+            "raw": payload,
+            "id": id if isinstance(id, str) else "",
+            "model": model if isinstance(model, str) else "",
+        }
+        read, texts = [], []
+        for position, choice in enumerate(choices):
+            sent, delta = choice.get("index"), choice.get("delta")
+            if type(sent) is not int or sent < 0:
+                sent = _count(sent, position)
+            if not isinstance(delta, dict):
+                # one completion instead of a stream; at a stream's end a repetition of all that came
+                delta = _dict(choice.get("message")) if sent not in self._begun else {}
+            if delta:
+                self._begun.add(sent)
+            if not _ERROR_MEMBERS.isdisjoint(choice) or "error" in delta:
+                error = error or _reported_error(choice) or _reported_error({"error": delta.get("error")})
+            content = delta.get("content")
+            said = _Content(content) if isinstance(content, str) else _content(content)
+            read.append((sent, choice, delta, said))
+            texts.append((sent, said.text))
+        self._choices.note(texts)
+        chunks = [self._choice(*each, named) for each in read]
+        if not choices and ((error is None and "choices" in payload) or usage):  # else a ping, or the like
+            chunks.append(Chunk(**named))
+        self.finished, self.whole = self._choices.finished, self._choices.whole
         if error is not None:
             self._failure = _stream_error(error)
         return chunks
 
-    def _delta(self, choice: dict[str, Any], position: int) -> tuple[int, dict[str, Any], _Content]:
-        """The index of a choice as it was sent, what it brings, and the content of that"""
-        sent, delta = _count(choice.get("index"), position), choice.get("delta")
-        if not isinstance(delta, dict):
-            # one completion instead of a stream; at a stream's end a repetition of all that came
-            delta = choice.get("message") if sent not in self._begun else None
-        delta = _dict(delta)
-        return sent, delta, _content(delta.get("content"))
-
     def _choice(
-        self, choice: dict[str, Any], sent: int, delta: dict[str, Any], content: _Content, named: Chunk
+        self, sent: int, choice: dict[str, Any], delta: dict[str, Any], content: _Content, named: dict[str, Any]
     ) -> Chunk:
-        index, reason = self._choices.index(sent), _text(choice.get("finish_reason"))
-        reasoning = _reasoning(delta) or content.reasoning
-        if reasoning or delta.get("reasoning_details") or delta.get("reasoning_opaque"):
+        index, reason, reasoning, refusal = self._choices.index(sent), choice.get("finish_reason"), "", content.refusal
+        if content.reasoning or not _REASONING_MEMBERS.isdisjoint(delta):
+            reasoning = _reasoning(delta) or content.reasoning
             self._thoughts.setdefault(index, _Thoughts()).add(delta)
-        calls = self._calls.setdefault(index, _ToolCalls())
-        parts = delta.get("tool_calls")
+        calls: tuple[ToolCall, ...] = ()
+        if "tool_calls" in delta or "function_call" in delta:
+            calls = tuple(self._calls_in(index, sent, delta))
+        if "refusal" in delta:
+            refusal = _text(delta["refusal"]) or refusal
+        vendor, finish = None, None
+        reason = reason if isinstance(reason, str) and reason else None
+        if reason:
+            made = self._calls.get(index)
+            calls = (*calls, *(made.end() if made else ()))
+            finish = self.finish(reason, made, _text(choice.get("native_finish_reason")))
+        self._choices.end(index, reason, bool(content.text or reasoning or refusal or calls))
+        if reason:
+            vendor = self._vendor(index)
+        return Chunk(content.text, reasoning, refusal, calls, reason, finish, index=index, vendor=vendor, **named)
+
+    def _calls_in(self, index: int, sent: int, delta: dict[str, Any]) -> Iterator[ToolCall]:
+        calls, parts = self._calls.setdefault(index, _ToolCalls()), delta.get("tool_calls")
         parts = [parts] if isinstance(parts, dict) else _list(parts)  # one object (TGI)
         if isinstance(delta.get("function_call"), dict):  # what tool_calls were called before
             parts = [*parts, {"function": delta["function_call"]}]
-        made = [call for position, part in enumerate(parts) for call in calls.add(_dict(part), sent, position)]
-        chunk = named._replace(
-            text=content.text,
-            reasoning=reasoning,
-            refusal=_text(delta.get("refusal")) or content.refusal,
-            tool_calls=(*made, *(calls.end() if reason else ())),
-            index=index,
-        )
-        self._choices.end(chunk, reason)
-        if not reason:
-            return chunk
-        finish = self.finish(reason, len(calls), _text(choice.get("native_finish_reason")))
-        return chunk._replace(finish_reason=reason, finish=finish, vendor=self._vendor(index))
+        for position, part in enumerate(parts):
+            yield from calls.add(_dict(part), sent, position)
 
     def end(self) -> Iterator[Chunk]:
         yield from super().end()
@@ -1955,7 +1981,7 @@ class _OpenAI(Dialect):
 
     def _vendor(self, index: int) -> dict[str, Any] | None:
         """The reasoning that a conversation with tools cannot go on without (DeepSeek, OpenRouter, Copilot)"""
-        is_needed = index in self._thoughts and len(self._calls[index]) and not self._choices.is_provisional
+        is_needed = index in self._thoughts and self._calls.get(index) and not self._choices.is_provisional
         kept = self._thoughts[index].message() if is_needed else None
         return {self.name: kept} if kept else None
 
@@ -1975,9 +2001,15 @@ class _Choices:
         self._speaking: set[int] = set()  # the indexes that have had text
         #: whether a finish reason was followed by more: then it ends nothing, and only the end marker counts
         self.is_provisional = False
+        #: whether all have their finish reason, and whether that is final
+        self.finished = self.whole = False
 
-    def note(self, indexes: Sequence[int], speaking: set[int]) -> None:
-        """Notes the indexes of one event, as they were sent, and those that have text"""
+    def note(self, texts: Sequence[tuple[int, str]]) -> None:
+        """Notes the choices of one event: their indexes, as they were sent, and their texts"""
+        if len(texts) == 1 and not self._counts and texts[0][0] == self._last and self._last in self._speaking:
+            return  # more of the same
+        indexes = [sent for sent, _ in texts]
+        speaking = {sent for sent, text in texts if text}
         is_next = len(indexes) == 1 and indexes[0] > self._last and not any(self._finished.values())
         self._counts = self._counts and is_next
         is_another = bool(self._speaking and speaking - self._speaking)
@@ -1989,17 +2021,15 @@ class _Choices:
         """The index of a choice in our numbers"""
         return sent if self.are_apart else 0
 
-    def end(self, chunk: Chunk, reason: str) -> None:
-        """Notes whether a chunk ends its choice, or comes after its end"""
-        ended = self._finished.get(chunk.index, False)
-        self.is_provisional = self.is_provisional or (ended and _says(chunk))
-        self._finished[chunk.index] = ended or bool(reason)
-
-    @property
-    def state(self) -> tuple[bool, bool]:
-        """Whether all have their finish reason, and whether that is final"""
-        finished = all(self._finished.values())
-        return finished, finished and not self.is_provisional
+    def end(self, index: int, reason: str | None, says: bool) -> None:
+        """Notes whether a piece ends its choice, or comes after its end"""
+        ended = self._finished.get(index)
+        if ended is False and not reason:
+            return
+        self.is_provisional = self.is_provisional or bool(ended and says)
+        self._finished[index] = bool(ended or reason)
+        self.finished = all(self._finished.values())
+        self.whole = self.finished and not self.is_provisional
 
 
 class _OpenCall:
@@ -2246,6 +2276,12 @@ def _rest(whole: str, came: str) -> str | None:
     begin = _utf_16(came)
     rest = _utf_16(whole)
     return rest[len(begin) :].decode("utf-16-le", "surrogatepass") if rest.startswith(begin) else None
+
+
+#: where a delta has reasoning, or what is to be sent back of it
+_REASONING_MEMBERS = frozenset(
+    ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "reasoning_opaque")
+)
 
 
 def _reasoning(delta: dict[str, Any]) -> str:
@@ -2987,12 +3023,12 @@ class _Gemini(Dialect):
             self._failure = _stream_error(error)
         parts = [list(map(_dict, _list(_dict(candidate.get("content")).get("parts")))) for candidate in candidates]
         sent = [_count(candidate.get("index"), position) for position, candidate in enumerate(candidates)]
-        self._choices.note(sent, {index for index, said in zip(sent, parts) if self._texts(said, False)})
+        self._choices.note([(index, self._texts(said, False)) for index, said in zip(sent, parts)])
         chunks = [
             self._candidate(candidate, said, named._replace(index=self._choices.index(index)))
             for candidate, index, said in zip(candidates, sent, parts)
         ]
-        self.finished, self.whole = self._choices.state
+        self.finished, self.whole = self._choices.finished, self._choices.whole
         return chunks
 
     @staticmethod
@@ -3009,7 +3045,7 @@ class _Gemini(Dialect):
             reasoning=self._texts(parts, True),
             tool_calls=tuple(self._tool_calls(parts, self._calls.setdefault(index, {}))),
         )
-        self._choices.end(chunk, reason)
+        self._choices.end(index, reason, _says(chunk))
         self._token = candidate.get("continuationToken") or self._token
         if not reason:
             return chunk
@@ -3603,6 +3639,12 @@ class _Reported:
         return not re.search(_LASTING, words) and re.search(_BUSY, f"{words} {self.message}") is not None
 
 
+#: what an event that reports an error has one of, where its name or its type does not say so
+_ERROR_MEMBERS = frozenset(
+    ("error", "errors", "error_message", "error_msg", "errorMessage", "message", "detail", "base_resp")
+    + ("code", "error_code", "errorCode", "status_code", "status", "statusCode")
+    + ("http_code", "http_status", "raw_status_code")
+)
 #: where servers put an error's words, its code, and the HTTP status that it would have had
 _MESSAGES = ("message", "detail", "msg", "error_message", "error_msg", "errorMessage", "status_msg", "error", "errors")
 _CODES = ("code", "error_code", "errorCode", "status_code")
@@ -3619,6 +3661,8 @@ def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
         payload = payload[0] if payload else None
     if not isinstance(payload, dict):
         return _Reported(_text(payload)) if certain else None
+    if not certain and _ERROR_MEMBERS.isdisjoint(payload) and "error" not in _text(payload.get("type")):
+        return None
     error = _error_object(payload, certain)
     if error is None:
         return None
