@@ -1406,6 +1406,7 @@ def kept(request, tmp_path):
 
     with redis.Redis.from_url(request.getfixturevalue("redis_url")) as connection:
         yield {"redis": connection}
+        assert until(lambda: not any(thread.name == "sheepsse relay" for thread in threading.enumerate()))
 
 
 def test_a_stream_that_is_kept_can_be_followed_from_any_event(server, kept):
