@@ -1157,7 +1157,7 @@ class SSEDecoder:
         self._first_line = True
         self._after_cr = False
         self._open = bytearray()  # a line whose end is not in yet
-        self._data: bytearray | None = None  # of the event that is not ended yet, None where it has none
+        self._data: bytes | bytearray | None = None  # of the event that is not ended yet, None where it has none
         self._size = 0  # of its data lines, names and all
         self._event = b""
         self._id, self._decoded_id = last_event_id.encode("utf-8"), last_event_id
@@ -1180,17 +1180,10 @@ class SSEDecoder:
         if lines and self._open:
             lines[0] = bytes(self._open + lines[0])
             self._open = bytearray()
-        return self._take(lines, rest)
-
-    def _take(self, lines: list[bytes], rest: bytes) -> list[ServerSentEvent]:
         events = self._events = []
         try:
             for line in lines:
-                self._check_size(len(line))
-                if line:
-                    self._line(line)
-                else:
-                    self._blank_line()
+                self._line(line)
             if rest:
                 self._open += rest
                 self._check_size(len(self._open))
@@ -1208,18 +1201,23 @@ class SSEDecoder:
                 "raise max_event_size if that is meant"
             )
 
-    def _without_bom(self, line: bytes) -> bytes:
-        first, self._first_line = self._first_line, False
-        return line[3:] if first and line[:3] == b"\xef\xbb\xbf" else line
-
     def _line(self, line: bytes) -> None:
-        line = self._without_bom(line) if self._first_line else line
-        field, value = _split_line(line)
+        if self._size + len(line) > self._max_event_size:
+            self._check_size(len(line))
+        if not line:
+            self._blank_line()
+            return
+        if self._first_line:
+            line = self._without_bom(line)
+        field, _, value = line.partition(b":")
+        if value[:1] == b" ":
+            value = value[1:]
         if field == b"data":
             self._size += len(line)
             if self._data is None:
-                self._data = bytearray(value)
+                self._data = value
             else:  # one buffer: a list of lines would take more memory than their text
+                self._data = self._data if isinstance(self._data, bytearray) else bytearray(self._data)
                 self._data += b"\n" + value
         elif field == b"event":
             self._event = value
@@ -1230,6 +1228,10 @@ class SSEDecoder:
             self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits are for ever too
         else:
             self._unknown(line)
+
+    def _without_bom(self, line: bytes) -> bytes:
+        first, self._first_line = self._first_line, False
+        return line[3:] if first and line[:3] == b"\xef\xbb\xbf" else line
 
     def _set_id(self, value: bytes) -> None:
         if value != self._id:
@@ -1243,8 +1245,9 @@ class SSEDecoder:
         # an id takes effect also where its block has no data
         self.last_event_id = self._decoded_id
         if self._data is not None:
-            event = _decode(self._event) or "message"
-            self._events.append(ServerSentEvent(event, _decode(self._data), self.last_event_id, self._event_retry))
+            event = self._event.decode("utf-8", "replace") or "message"
+            data = self._data.decode("utf-8", "replace")
+            self._events.append(ServerSentEvent(event, data, self.last_event_id, self._event_retry))
         self._data, self._size, self._event, self._event_retry = None, 0, b"", None
 
     def flush(self) -> list[ServerSentEvent]:
