@@ -839,10 +839,11 @@ def _chunk_with(chunk: Chunk, field: str, text: str) -> Chunk:
     return chunk._replace(**changes)
 
 
-def _size_of(chunk: Chunk) -> int:
-    """The bytes of what a chunk brings"""
-    said = chunk.text + chunk.reasoning + chunk.refusal + "".join([call.arguments for call in chunk.tool_calls])
-    return len(said) if said.isascii() else len(said.encode("utf-8", "surrogatepass"))
+class _Text(bytearray):
+    """A text that grows: one buffer takes a byte a letter, where a str for each piece would take 50 more"""
+
+    def __str__(self) -> str:
+        return self.decode("utf-8", "surrogatepass")
 
 
 class _Pieces(List[str]):
@@ -869,7 +870,9 @@ class _Answer:
 
     def __init__(self, index: int = 0) -> None:
         self.index = index
-        self.text, self.reasoning, self.refusal = _Pieces(), _Pieces(), _Pieces()
+        self.text, self.reasoning, self.refusal = _Text(), _Text(), _Text()
+        #: bytes of text, reasoning, refusal and arguments, of all choices
+        self.size = 0
         self.tool_calls: dict[int, tuple[str, str, list[str]]] = {}
         self.finish_reason: str | None = None
         self.finish: str | None = None
@@ -886,39 +889,36 @@ class _Answer:
         self.given = False
 
     def add(self, chunk: Chunk) -> None:
-        if _says(chunk):
-            self.given = True
+        text, reasoning, refusal, calls, reason = chunk[:5]
+        says = bool(text or reasoning or refusal or calls)
+        self.given = self.given or says
         if chunk.usage is not None:  # cumulative where it is repeated: the last one counts
             self.usage = chunk.usage
-        if chunk.id and not self.id:
-            self.id = chunk.id
-        if chunk.model and not self.model:
-            self.model = chunk.model
-        if chunk.event_id:
-            self.event_id = chunk.event_id
-        if chunk.index == self.index:
-            self._add_choice(chunk)
-
-    def _add_choice(self, chunk: Chunk) -> None:
-        if chunk.text:
-            self.text.append(chunk.text)
-        if chunk.reasoning:
-            self.reasoning.append(chunk.reasoning)
-        if chunk.refusal:
-            self.refusal.append(chunk.refusal)
-        if chunk.finish_reason:  # with text it may be one of those that come with each
-            self.settled = self._was_open or not _says(chunk)
-        elif _says(chunk):
+        self.id = self.id or chunk.id
+        self.model = self.model or chunk.model
+        self.event_id = chunk.event_id or self.event_id
+        is_mine = chunk.index == self.index
+        for said, piece in ((self.text, text), (self.reasoning, reasoning), (self.refusal, refusal)):
+            if piece:
+                encoded = piece.encode("utf-8", "surrogatepass")
+                self.size += len(encoded)
+                if is_mine:
+                    said += encoded
+        for call in calls:
+            self.size += len(call.arguments.encode("utf-8", "surrogatepass"))
+            if is_mine:
+                # id and name come once; later parts carry none, or empty ones (Qwen)
+                id, name, arguments = self.tool_calls.get(call.index, ("", "", []))
+                arguments.append(call.arguments)
+                self.tool_calls[call.index] = (id or call.id, name or call.name, arguments)
+        if not is_mine:
+            return
+        if reason:  # with text it may be one of those that come with each
+            self.settled = self._was_open or not says
+            self.finish_reason, self.finish = reason, chunk.finish
+        elif says:
             self.settled, self._was_open = False, True
-        if chunk.finish_reason:
-            self.finish_reason, self.finish = chunk.finish_reason, chunk.finish
-        if chunk.vendor:
-            self.vendor = chunk.vendor
-        for call in chunk.tool_calls:
-            # id and name come once; later parts carry none, or empty ones (Qwen)
-            id, name, arguments = self.tool_calls.get(call.index, ("", "", []))
-            arguments.append(call.arguments)
-            self.tool_calls[call.index] = (id or call.id, name or call.name, arguments)
+        self.vendor = chunk.vendor or self.vendor
 
     def without_failure(self) -> _Answer:
         """The same, where its finish reason says that the server gave up as if it had not ended"""
@@ -936,9 +936,9 @@ class _Answer:
 
     def completion(self) -> Completion:
         return Completion(
-            text="".join(self.text),
-            reasoning="".join(self.reasoning),
-            refusal="".join(self.refusal),
+            text=str(self.text),
+            reasoning=str(self.reasoning),
+            refusal=str(self.refusal),
             tool_calls=self.calls(),
             finish_reason=self.finish_reason,
             usage=self.usage,
@@ -951,12 +951,12 @@ class _Answer:
     def resume_point(self, events: Sequence[Sequence[Any]] = ()) -> ResumePoint:
         """Where this is; ``events`` are the last ones, as their server would repeat them"""
         end = [self.finish_reason, self.finish, self.given, self.settled]
-        rest = ["".join(self.reasoning), "".join(self.refusal), self.calls(), self.id, end, events]
+        rest = [str(self.reasoning), str(self.refusal), self.calls(), self.id, end, events]
         return ResumePoint(
             event_id=self.event_id,
             tokens_received=None if self.usage is None else self.usage.output_tokens,
-            chars_received=sum(map(len, self.text)),
-            text="".join(self.text),
+            chars_received=len(str(self.text)),
+            text=str(self.text),
             cursor=json.dumps(rest),
         )
 
@@ -4146,7 +4146,7 @@ class _Alignment:
         terms, said = self._terms, None if cut else answer.usage
         # what is told apart by the provider may be hidden, or a summary of what was thought
         told = 0 if said is None else said.reasoning_tokens
-        text = "".join(answer.text) if told else _said_in(answer)
+        text = str(answer.text) if told else _said_in(answer)
         local = self._counted_input(), self._count(text) if terms.count_output else None
         if said is None:
             usage = Usage(local[0] or 0, local[1] or 0, (local[0] or 0) + (local[1] or 0))
@@ -4178,7 +4178,7 @@ class _Alignment:
 
 
 def _said_in(answer: _Answer) -> str:
-    return "".join([*answer.reasoning, *answer.text])
+    return f"{answer.reasoning}{answer.text}"
 
 
 class Price(NamedTuple):
@@ -6139,7 +6139,7 @@ class _Given(_Check):
     """What was given out, piece by piece of its kind, against which a repetition is held"""
 
     def __init__(self, answer: _Answer) -> None:
-        self._left = {name: "".join(getattr(answer, name)) for name in ("text", "reasoning", "refusal")}
+        self._left = {name: str(getattr(answer, name)) for name in ("text", "reasoning", "refusal")}
         self._at = dict.fromkeys(self._left, 0)
         self._calls = {call.index: call for call in answer.calls()}
         self._call_at = dict.fromkeys(self._calls, 0)
@@ -6311,7 +6311,7 @@ def _continue(lost: _Lost) -> _Plan | None:
     rule = _CONTINUATIONS.get(lost.continuation)
     if rule is None or not _is_text_alone(lost):
         return None
-    text = "".join(lost.answer.text)
+    text = str(lost.answer.text)
     kept = text.rstrip() if rule.strips else text
     request = rule.request(_lowered(lost), kept)
     if request is None:
@@ -6332,7 +6332,7 @@ def _lowered(lost: _Lost) -> _Request:
 def _tokens_received(answer: _Answer) -> int:
     """An estimate where the provider has not counted: four characters a token"""
     counted = answer.usage.output_tokens if answer.usage is not None else 0
-    return max(counted, sum(map(len, answer.text)) // 4)
+    return max(counted, len(str(answer.text)) // 4)
 
 
 #: how many characters, white space aside, of the answer's beginning make a repetition of it: where its provider
@@ -6431,15 +6431,11 @@ def _anchor(lost: _Lost) -> _Plan | None:
     """The model is told that its answer was cut, and to repeat its last words before it goes on"""
     if not _is_text_alone(lost):
         return None
-    words: list[str] = []
-    for piece in reversed(lost.answer.text):
-        words.insert(0, piece)
-        if sum(map(len, words)) >= _ANCHOR:
-            break
-    tail = "".join(words)[-2 * _ANCHOR :]
+    tail = str(lost.answer.text)[-2 * _ANCHOR :]
+    tail = tail[tail.rfind(" ", 0, max(0, len(tail) - _ANCHOR)) + 1 :]  # from the beginning of a word
     if len(_squeezed(tail)) < _PROOF:
         return None
-    said = {"role": "assistant", "content": "".join(lost.answer.text)}
+    said = {"role": "assistant", "content": str(lost.answer.text)}
     told = {
         "role": "user",
         "content": (
@@ -7765,7 +7761,6 @@ class _Call:
         self._whole = False  # whether only the usage, or the end marker, may still come
         self._untold = False  # whether this caller has been given nothing yet of what a checkpoint holds
         self._journal: _Journal | None = None
-        self._size = 0  # of the answer in bytes, all choices together
         self.cached = False  # whether the answer is a checkpoint's
         self.has_spare = False  # whether another call stands by
         self._given_up = False
@@ -8266,8 +8261,7 @@ class _Call:
         self._progress = self._progress or says
         if says or chunk.finish_reason or self._plan.dialect.whole:  # else it is as good as a ping
             self._is_awaited = True
-        self._size += _size_of(chunk)
-        if self._size > self._options.max_answer_size:
+        if self.answer.size > self._options.max_answer_size:
             raise StreamError(
                 f"the answer is larger than {self._options.max_answer_size} bytes: raise max_answer_size if so much "
                 "is meant",
@@ -8667,12 +8661,12 @@ class Stream:
     @property
     def text(self) -> str:
         """The text so far"""
-        return "".join(self._call.answer.text)
+        return str(self._call.answer.text)
 
     @property
     def reasoning(self) -> str:
         """The reasoning so far"""
-        return "".join(self._call.answer.reasoning)
+        return str(self._call.answer.reasoning)
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
