@@ -56,6 +56,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from http.client import HTTPConnection as _HTTPConnection
 from http.client import HTTPException, parse_headers
 from http.client import HTTPResponse as _HTTPResponse
@@ -888,7 +889,8 @@ class _Answer:
         #: whether a piece of text, reasoning, refusal or tool call has been given out, of any choice
         self.given = False
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: Chunk) -> bool:
+        """Folds a chunk in; whether it brings a piece of the answer"""
         text, reasoning, refusal, calls, reason = chunk[:5]
         says = bool(text or reasoning or refusal or calls)
         self.given = self.given or says
@@ -912,13 +914,14 @@ class _Answer:
                 arguments.append(call.arguments)
                 self.tool_calls[call.index] = (id or call.id, name or call.name, arguments)
         if not is_mine:
-            return
+            return says
         if reason:  # with text it may be one of those that come with each
             self.settled = self._was_open or not says
             self.finish_reason, self.finish = reason, chunk.finish
         elif says:
             self.settled, self._was_open = False, True
         self.vendor = chunk.vendor or self.vendor
+        return says
 
     def without_failure(self) -> _Answer:
         """The same, where its finish reason says that the server gave up as if it had not ended"""
@@ -1183,7 +1186,14 @@ class SSEDecoder:
         events = self._events = []
         try:
             for line in lines:
-                self._line(line)
+                if self._size + len(line) > self._max_event_size:
+                    self._check_size(len(line))
+                if line[:6] == b"data: " and self._data is None and not self._first_line:  # by far the most
+                    self._size, self._data = len(line), line[6:]
+                elif line:
+                    self._line(line)
+                else:
+                    self._blank_line()
             if rest:
                 self._open += rest
                 self._check_size(len(self._open))
@@ -1202,13 +1212,7 @@ class SSEDecoder:
             )
 
     def _line(self, line: bytes) -> None:
-        if self._size + len(line) > self._max_event_size:
-            self._check_size(len(line))
-        if not line:
-            self._blank_line()
-            return
-        if self._first_line:
-            line = self._without_bom(line)
+        line = self._without_bom(line) if self._first_line else line
         field, _, value = line.partition(b":")
         if value[:1] == b" ":
             value = value[1:]
@@ -1477,12 +1481,13 @@ class _BodyDecoder:
         self._content_type, self._format, self._max_event_size = content_type, format, max_event_size
         self._is_bounded = is_bounded
         self._start, self._blank = bytearray(), True
-        self._decoder: SSEDecoder | _JSONDecoder | None = None  # when its framing is known
+        #: the one of its framing, when that is known
+        self.decoder: SSEDecoder | _JSONDecoder | None = None
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes"""
-        if self._decoder is not None:
-            return self._decoder.feed(block)
+        if self.decoder is not None:
+            return self.decoder.feed(block)
         # blank lines before the first event mean nothing in any framing; spaces are part of its line
         self._blank = self._blank and block.isspace()
         line = 1 + max(block.rfind(b"\r"), block.rfind(b"\n")) if self._blank else 0
@@ -1495,18 +1500,18 @@ class _BodyDecoder:
     def _begin(self) -> list[ServerSentEvent]:
         visible = _visible(self._start)
         kind = self._format or (_framing(self._content_type, visible) if visible else "sse")
-        self._decoder = (_AnswerDecoder if kind == "sse" else _JSONDecoder)(self._max_event_size)
-        return self._decoder.feed(bytes(self._start))
+        self.decoder = (_AnswerDecoder if kind == "sse" else _JSONDecoder)(self._max_event_size)
+        return self.decoder.feed(bytes(self._start))
 
     def flush(self) -> list[ServerSentEvent]:
         """The last events, where the body has ended"""
-        events = self._begin() if self._decoder is None and _visible(self._start) else []
-        return events if self._decoder is None else events + self._decoder.flush()
+        events = self._begin() if self.decoder is None and _visible(self._start) else []
+        return events if self.decoder is None else events + self.decoder.flush()
 
     def check_end(self) -> None:
         """Raises an error where the body has ended amid its JSON"""
-        if isinstance(self._decoder, _JSONDecoder) and self._decoder.is_inside:
-            if self._is_bounded and self._decoder.is_first:
+        if isinstance(self.decoder, _JSONDecoder) and self.decoder.is_inside:
+            if self._is_bounded and self.decoder.is_first:
                 raise InvalidStreamError(
                     f"expected JSON, got a whole body that is none: {_excerpt(_visible(self._start))}"
                 )
@@ -1935,7 +1940,8 @@ class _OpenAI(Dialect):
             said = _Content(content) if isinstance(content, str) else _content(content)
             read.append((sent, choice, delta, said))
             texts.append((sent, said.text))
-        self._choices.note(texts)
+        if len(texts) != 1 or texts[0][0] != self._choices.settled:
+            self._choices.note(texts)
         chunks = [self._choice(*each, named) for each in read]
         if not choices and ((error is None and "choices" in payload) or usage):  # else a ping, or the like
             chunks.append(Chunk(**named))
@@ -1947,7 +1953,8 @@ class _OpenAI(Dialect):
     def _choice(
         self, sent: int, choice: dict[str, Any], delta: dict[str, Any], content: _Content, named: dict[str, Any]
     ) -> Chunk:
-        index, reason, reasoning, refusal = self._choices.index(sent), choice.get("finish_reason"), "", content.refusal
+        index, reason = sent if self._choices.are_apart else 0, choice.get("finish_reason")
+        reasoning, refusal = "", content.refusal
         if content.reasoning or not _REASONING_MEMBERS.isdisjoint(delta):
             reasoning = _reasoning(delta) or content.reasoning
             self._thoughts.setdefault(index, _Thoughts()).add(delta)
@@ -1962,7 +1969,8 @@ class _OpenAI(Dialect):
             made = self._calls.get(index)
             calls = (*calls, *(made.end() if made else ()))
             finish = self.finish(reason, made, _text(choice.get("native_finish_reason")))
-        self._choices.end(index, reason, bool(content.text or reasoning or refusal or calls))
+        if reason or index not in self._choices.open:
+            self._choices.end(index, reason, bool(content.text or reasoning or refusal or calls))
         if reason:
             vendor = self._vendor(index)
         return Chunk(content.text, reasoning, refusal, calls, reason, finish, index=index, vendor=vendor, **named)
@@ -1999,9 +2007,13 @@ class _Choices:
     def __init__(self, requested: int, may_count: bool = True) -> None:
         self.are_apart = requested != 1
         self._counts = may_count  # whether the indexes may be those of tokens: each larger than the one before it
-        self._finished = dict.fromkeys(range(requested), False)
+        #: those that have had no finish reason, in our numbers
+        self.open = set(range(requested))
+        self._ended: set[int] = set()
         self._last = -1  # the last index
         self._speaking: set[int] = set()  # the indexes that have had text
+        #: the index of which more of the same says nothing new of the others
+        self.settled: int | None = None
         #: whether a finish reason was followed by more: then it ends nothing, and only the end marker counts
         self.is_provisional = False
         #: whether all have their finish reason, and whether that is final
@@ -2009,16 +2021,15 @@ class _Choices:
 
     def note(self, texts: Sequence[tuple[int, str]]) -> None:
         """Notes the choices of one event: their indexes, as they were sent, and their texts"""
-        if len(texts) == 1 and not self._counts and texts[0][0] == self._last and self._last in self._speaking:
-            return  # more of the same
         indexes = [sent for sent, _ in texts]
         speaking = {sent for sent, text in texts if text}
-        is_next = len(indexes) == 1 and indexes[0] > self._last and not any(self._finished.values())
+        is_next = len(indexes) == 1 and indexes[0] > self._last and not self._ended
         self._counts = self._counts and is_next
         is_another = bool(self._speaking and speaking - self._speaking)
         self.are_apart = self.are_apart or len(speaking) > 1 or (is_another and not self._counts)
         self._speaking |= speaking
         self._last = max(indexes, default=-1)
+        self.settled = self._last if self._last in self._speaking and not self._counts else None
 
     def index(self, sent: int) -> int:
         """The index of a choice in our numbers"""
@@ -2026,12 +2037,13 @@ class _Choices:
 
     def end(self, index: int, reason: str | None, says: bool) -> None:
         """Notes whether a piece ends its choice, or comes after its end"""
-        ended = self._finished.get(index)
-        if ended is False and not reason:
-            return
-        self.is_provisional = self.is_provisional or bool(ended and says)
-        self._finished[index] = bool(ended or reason)
-        self.finished = all(self._finished.values())
+        self.is_provisional = self.is_provisional or (says and index in self._ended)
+        if reason:
+            self._ended.add(index)
+            self.open.discard(index)
+        elif index not in self._ended:
+            self.open.add(index)
+        self.finished = not self.open
         self.whole = self.finished and not self.is_provisional
 
 
@@ -5156,7 +5168,8 @@ class _Wire:
         self._due_seconds: float | None = None
         self._due_reason = ""
         self._lock = threading.RLock()  # a signal handler may cancel, in the thread that holds it
-        self._process = os.getpid()
+        #: which made it
+        self.process = os.getpid()
         self._socket: socket.socket | None = None
         self.wake = threading.Event()  # set when it is ended
 
@@ -5199,12 +5212,12 @@ class _Wire:
 
     def begin_process(self) -> None:
         """It belongs to this process, also where another made it"""
-        self._process = os.getpid()
+        self.process = os.getpid()
 
     @property
     def is_own(self) -> bool:
         """Whether this is the process that made it, and no fork: a fork shares the socket"""
-        return self._process == os.getpid()
+        return self.process == os.getpid()
 
     def check(self) -> None:
         """Raises what http.client and urllib3 take for an end of the connection, when there must be one"""
@@ -5215,9 +5228,14 @@ class _Wire:
 
     def before_recv(self, sock: socket.socket) -> None:
         """Checks, and makes the next recv end in time"""
-        left = self.seconds_left()
-        if self.ended or left == self._LEAST:
+        left, now = self._read_timeout, time.monotonic()
+        if self.deadline is not None and (left is None or self.deadline - now < left):
+            left = self.deadline - now
+        if self.due is not None and (left is None or self.due - now < left):
+            left = self.due - now
+        if self.ended or (left is not None and left <= self._LEAST):
             self.check()
+            left = self._LEAST
         sock.settimeout(left)
 
     def before_send(self, sock: socket.socket) -> None:
@@ -5237,11 +5255,11 @@ class _Wire:
         return min((max(limit, self._LEAST) for limit in limits if limit is not None), default=None)
 
     def seconds_left(self) -> float | None:
-        left, now = self._read_timeout, time.monotonic()
-        for moment in (self.deadline, self.due):
-            if moment is not None and (left is None or moment - now < left):
-                left = moment - now
-        return None if left is None else max(left, self._LEAST)
+        """For what a request may take at most, from now on"""
+        now = time.monotonic()
+        limits = [moment - now for moment in (self.deadline, self.due) if moment is not None]
+        limits += [] if self._read_timeout is None else [self._read_timeout]
+        return max(min(limits), self._LEAST) if limits else None
 
     def overdue(self) -> str:
         """Which limit has passed, or nothing"""
@@ -5651,7 +5669,13 @@ def _plain_blocks(raw: Any, answer: _HTTPResponse) -> Iterator[bytes]:
 
 def _limited_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]:
     """The blocks of a body, within the limits of the wire; InvalidStreamError where nothing here decodes it"""
-    blocks, encoding = _blocks_in_time(response, wire), _undecodable(response)
+    answer, encoding = getattr(response.raw, "_original_response", None), _undecodable(response)
+    if not isinstance(answer, _WireResponse):  # which reads through a _WireReader
+        blocks = _foreign_blocks(response, wire)
+    elif response.headers.get("Content-Encoding") or getattr(response, "_content_consumed", False):
+        blocks = iter_bytes(response)
+    else:
+        blocks = _plain_blocks(response.raw, answer)
     return _readable(blocks, response, encoding) if encoding else blocks
 
 
@@ -5674,13 +5698,8 @@ def _readable(blocks: Iterable[bytes], response: requests.Response, encoding: st
         yield block
 
 
-def _blocks_in_time(response: requests.Response, wire: _Wire) -> Iterator[bytes]:
-    """The blocks of a body, within the limits of the wire also where the session is the caller's own"""
-    answer = getattr(response.raw, "_original_response", None)
-    if isinstance(answer, _WireResponse):  # which reads through a _WireReader
-        is_plain = not (response.headers.get("Content-Encoding") or getattr(response, "_content_consumed", False))
-        yield from _plain_blocks(response.raw, answer) if is_plain else iter_bytes(response)
-        return
+def _foreign_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]:
+    """The blocks of a body, within the limits of the wire where the session is the caller's own"""
     blocks = iter_bytes(response)
     while True:
         sock = _socket_of(response)  # none any more when all has been read, and the socket is another's
@@ -5885,7 +5904,8 @@ class _EventLog:
         self._former: tuple[tuple[str, int | None], ...] = tuple(self._marks)
         self._partial = bool(self._marks)
         self._given: _Given | None = None
-        self._idle = False
+        #: whether the server gives its events no ids
+        self.idle = False
 
     @property
     def cursor(self) -> str:
@@ -5910,11 +5930,12 @@ class _EventLog:
 
     def note(self, event: ServerSentEvent) -> None:
         """Notes an event, all of which was given out"""
-        if self._idle or event.event == "ping":
+        if self.idle or event.event == "ping":
             return
-        self._marks.append((event.id or self.cursor, _checksum(event)))
-        if len(self._marks) >= self._PATIENCE and not self.cursor:
-            self._idle = True
+        cursor = event.id or (self._marks[-1][0] if self._marks else "")
+        self._marks.append((cursor, zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))))
+        if len(self._marks) >= self._PATIENCE and not cursor:
+            self.idle = True
             self._marks.clear()
 
     def rest(self, given: _Given | None) -> Callable[[ServerSentEvent], bool]:
@@ -5998,8 +6019,6 @@ def _is_number(*ids: str) -> bool:
 
 
 def _checksum(event: ServerSentEvent) -> int:
-    import zlib
-
     return zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))
 
 
@@ -6029,15 +6048,15 @@ class _Lost(NamedTuple):
 
 
 class _Check:
-    """What the chunks of one connection go through: those that bring something new go on; here all of them"""
+    """What the chunks of a connection are held against"""
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
-        """What a chunk brings; StreamInterrupted where it is of another answer"""
-        return (chunk,)
+        """What a chunk brings that is new; StreamInterrupted where it is of another answer"""
+        raise NotImplementedError
 
     def end(self) -> Iterable[Chunk]:
         """What was held back; StreamInterrupted where less came than was given out before"""
-        return ()
+        raise NotImplementedError
 
 
 class _Plan(NamedTuple):
@@ -6048,9 +6067,9 @@ class _Plan(NamedTuple):
     continuity: str
     ask: _Ask
     dialect: Dialect
-    #: whether an event of it is new; raises StreamInterrupted for one of another answer
-    place: Callable[[ServerSentEvent], bool] = lambda event: True
-    check: _Check = _Check()
+    #: whether an event of it is new; raises StreamInterrupted for one of another answer. None where all are
+    place: Callable[[ServerSentEvent], bool] | None = None
+    check: _Check | None = None
     #: what its chunks are held against, which repeat what was given
     given: _Given | None = None
 
@@ -6524,81 +6543,95 @@ def _point(resume_from: Any) -> ResumePoint | None:
 class _Came(NamedTuple):
     """What is to be given out next"""
 
-    chunk: Chunk | None = None
-    #: the event of which nothing is left then
-    event: ServerSentEvent | None = None
+    chunk: Chunk
+    #: the events of which nothing is left then
+    events: list[ServerSentEvent]
     #: what its generation took so far
-    usage: Usage | None = None
+    usage: Usage | None
 
 
 class _Reading:
     """The answer of one connection: each turn a block of it becomes events, and these chunks, which go into a queue"""
 
     def __init__(
-        self, plan: _Plan, response: requests.Response, blocks: Iterator[bytes], body: _BodyDecoder, is_document: bool
+        self,
+        plan: _Plan,
+        log: _EventLog,
+        response: requests.Response,
+        blocks: Iterator[bytes],
+        body: _BodyDecoder,
+        is_document: bool,
     ) -> None:
         self.plan, self.response, self.is_document = plan, response, is_document
-        self._blocks, self._body = blocks, body
+        self._log, self._blocks, self._body = log, blocks, body
         #: what the provider says that this generation took
         self.usage: Usage | None = None
-        #: whether a piece of the answer came
+        #: whether a piece of the answer came, where it is one document
         self.said = False
         self.ended = False
+        self._is_plain = plan.check is None and not is_document
         self._is_checked = True  # whether the last chunk was found to be of this answer
 
     def turn(self, queue: collections.deque[_Came]) -> None:
         """Reads a block, and queues what it brings"""
-        dialect = self.plan.dialect
+        dialect, place = self.plan.dialect, self.plan.place
         try:
             block = next(self._blocks, b"")
-            self._take(self._body.feed(block) if block else self._body.flush(), queue)
-            if block and not dialect.done:
-                return
-            if not dialect.done:
-                self._body.check_end()
-            self._queue(dialect.last(not dialect.done), queue)
-            if self.is_document and not (self.said or dialect.whole):
-                raise InvalidStreamError(
-                    "expected an answer, got JSON that holds none; is the base URL that of the API?"
-                )
-            dialect.require_whole()
+            events = (self._body.decoder or self._body).feed(block) if block else self._body.flush()
+            for event in events:
+                if place is not None and not place(event):
+                    continue
+                before, failure = len(queue), None
+                try:
+                    for chunk in dialect.read(event):
+                        self.usage = chunk.usage or self.usage
+                        if self._is_plain:
+                            queue.append(_Came(chunk, [], self.usage))
+                        else:
+                            self._take(chunk, queue)
+                except SheepError as error:
+                    failure = error
+                if failure is None or len(queue) > before:
+                    if queue:
+                        queue[-1].events.append(event)
+                    else:
+                        self._log.note(event)
+                if failure is not None:
+                    raise failure
+                if dialect.done:
+                    break
+            if not block or dialect.done:
+                self._end(queue)
         except (InvalidStreamError, StreamInterrupted, StreamTimeout) as error:
             if not (dialect.whole and self._is_checked):  # else only the usage is lost, or the way the connection ends
                 raise
             dialect.lost = isinstance(error, StreamInterrupted)
+            self.ended = True
+
+    def _take(self, chunk: Chunk, queue: collections.deque[_Came]) -> None:
+        """Queues what a chunk brings that is new"""
+        self.said = self.said or _says(chunk)
+        self._is_checked = False
+        new = (chunk,) if self.plan.check is None else self.plan.check.check(chunk)
+        queue.extend([_Came(each, [], self.usage) for each in new])
+        self._is_checked = True
+
+    def _end(self, queue: collections.deque[_Came]) -> None:
+        """The end of the answer, or of its body"""
+        dialect = self.plan.dialect
+        if not dialect.done:
+            self._body.check_end()
+        for chunk in dialect.last(not dialect.done):  # halves of characters, what was held back
+            self._take(chunk, queue)
+        if self.is_document and not (self.said or dialect.whole):
+            raise InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
+        dialect.require_whole()
         self.ended = True
 
     def end(self, queue: collections.deque[_Came]) -> None:
         """Queues what was held back"""
-        queue.extend(map(_Came, self.plan.check.end()))
-
-    def _take(
-        self,
-        events: Iterable[ServerSentEvent],
-        queue: collections.deque[_Came],
-    ) -> None:
-        for event in events:
-            if not self.plan.place(event):
-                continue
-            before = len(queue)
-            try:
-                self._queue(self.plan.dialect.read(event), queue)
-            except SheepError:
-                if len(queue) > before:
-                    queue[-1] = queue[-1]._replace(event=event)
-                raise
-            queue.append(queue.pop()._replace(event=event) if len(queue) > before else _Came(event=event))
-            if self.plan.dialect.done:
-                return
-
-    def _queue(self, chunks: Iterable[Chunk], queue: collections.deque[_Came]) -> None:
-        for chunk in chunks:
-            self.said = self.said or _says(chunk)
-            self.usage = self.usage if chunk.usage is None else chunk.usage
-            self._is_checked = False
-            new = [_Came(each, None, chunk.usage) for each in self.plan.check.check(chunk)]
-            self._is_checked = True
-            queue.extend(new or [_Came(usage=chunk.usage)])
+        if self.plan.check is not None:
+            queue.extend([_Came(chunk, [], self.usage) for chunk in self.plan.check.end()])
 
     def read_out(self) -> None:
         """What follows the end marker means nothing, but only a body read to its end frees the connection"""
@@ -6636,8 +6669,6 @@ def _journal_json(content: Any) -> str:
 
 def _journal_lines(contents: Iterable[str], checksum: int = 0) -> tuple[bytes, int]:
     """Lines of JSON, each with the CRC-32 of itself and of all before, so that none can be missing; and the last"""
-    import zlib
-
     lines = []
     for content in contents:
         data = content.encode("utf-8", "surrogatepass")
@@ -6740,8 +6771,6 @@ def _good_lines(lines: Sequence[bytes], path: str, checksum: int = 0) -> tuple[l
 
     ``checksum`` is that of the line before them.
     """
-    import zlib
-
     contents: list[Any] = []
     size = 0
     for line in lines:
@@ -7603,13 +7632,12 @@ class _Clock:
         self.chunks = 0
         self.chars = 0
 
-    def wait(self, asked: float, came: float) -> None:
-        if self.chunks and came - asked > self.longest_gap:
-            self.longest_gap = came - asked
-
-    def note(self, chunk: Chunk, came: float) -> None:
+    def note(self, chunk: Chunk, says: bool, came: float, waited: float = 0.0) -> None:
+        """A chunk that came at a moment, after so many seconds; ``says`` is whether it brings a piece of the answer"""
+        if self.chunks and waited > self.longest_gap:
+            self.longest_gap = waited
         self.chunks += 1
-        if _says(chunk):
+        if says:
             self.pieces += 1
             if self.first_piece is None:
                 self.first_piece = came
@@ -7778,8 +7806,9 @@ class _Call:
         self._reading: _Reading | None = None  # None where there is no more to read
         self._is_awaited = False  # whether the time for the next chunk begins anew
         self._saved: collections.deque[Chunk] | None = None  # what a checkpoint holds, to be given out first
-        #: whether the chunk that was given last completes an event that has an id of its own
-        self.has_own_id = False
+        self._is_idle_awaited = False  # whether it is idle_timeout that is waited for
+        self._is_event_whole = False  # whether nothing is left of the event of the last chunk
+        self._waited = 0.0  # for the chunk that is given out next
         self._plan = self._first_plan()
         self._where = _public_url(self._ask.url)
         self._origin = _split_url(self._ask.url).netloc.rpartition("@")[2]
@@ -8217,47 +8246,26 @@ class _Call:
 
     def next(self) -> Chunk | None:
         """The next chunk, None at the end of the answer"""
-        if self.is_over and (self.wire.ended or not self._is_whole):
+        if self.wire.ended or (self.wire.deadline is not None and self.is_late and not self._is_whole):
             raise self._judged(StreamTimeout("the deadline of the call has passed"))
         if self._saved is None:
             self._saved = self._begin_to_read()
         if self._saved:
-            saved = self._saved.popleft()
-            self.has_own_id = True
-            self.clock.note(saved, time.monotonic())
+            saved, self._is_event_whole = self._saved.popleft(), True
+            self.clock.note(saved, _says(saved), time.monotonic())
             return saved
-        if not (self._queue or self._fill()):
+        if not self._queue and not self._fill():
             self._complete()
             return None
-        came = self._queue.popleft()
-        self._note(came)
-        assert came.chunk is not None
-        self.has_own_id = came.event is not None and self._events.has_own_id
-        self._given(came.chunk)
-        self._skip()
-        return came.chunk
-
-    def _note(self, came: _Came) -> None:
-        if came.event is not None:
-            self._events.note(came.event)
-        if came.usage is not None:
-            self.usages[-1:] = [came.usage]
-
-    def _skip(self) -> None:
-        """Notes what brings no chunk, so that a chunk is next"""
-        while self._queue and self._queue[0].chunk is None:
-            self._note(self._queue.popleft())
-
-    @property
-    def _is_whole(self) -> bool:
-        is_left = any(came.chunk is not None and _says(came.chunk) for came in self._queue)
-        return self.cached or ((self._whole or self._plan.dialect.whole) and not is_left)
-
-    def _given(self, chunk: Chunk) -> None:
-        """Notes a chunk that is given out now"""
-        self.answer.add(chunk)
-        self.clock.note(chunk, self._came_at)
-        says = _says(chunk)
+        chunk, events, usage = self._queue.popleft()
+        says = self.answer.add(chunk)
+        self.clock.note(chunk, says, self._came_at, self._waited)
+        self._waited, self._is_event_whole = 0.0, bool(events)
+        if not self._events.idle:
+            for event in events:
+                self._events.note(event)
+        if usage is not None:
+            self.usages[-1:] = [usage]
         self._progress = self._progress or says
         if says or chunk.finish_reason or self._plan.dialect.whole:  # else it is as good as a ping
             self._is_awaited = True
@@ -8273,30 +8281,96 @@ class _Call:
             self._journal.append(chunk if self.has_own_id else chunk._replace(event_id=""))
         if self._alignment is not None:
             self._alignment.note(self.answer, self.clock.chunks)
+        return chunk
+
+    @property
+    def has_own_id(self) -> bool:
+        """Whether the chunk that was given last completes an event that has an id of its own"""
+        return self._is_event_whole and self._events.has_own_id
+
+    @property
+    def _is_whole(self) -> bool:
+        is_left = any(_says(came.chunk) for came in self._queue)
+        return self.cached or ((self._whole or self._plan.dialect.whole) and not is_left)
 
     def _fill(self) -> bool:
         """Reads until there is something in the queue; False at the end. The one place where a loss is handled"""
         asked = time.monotonic()
         while not self._queue:
+            reading, failure = self._reading, self._failure
+            if failure is None and reading is None:
+                return False
             try:
-                if self._failure is not None:
-                    failure, self._failure = self._failure, None
+                if failure is not None:
+                    self._failure = None
                     raise failure
-                if self._reading is None:
-                    return False
-                self._turn(self._reading)
-                self._skip()
+                assert reading is not None
+                if self._is_awaited:
+                    self._is_awaited = False
+                    if reading.plan.dialect.whole or not self._is_idle_awaited:
+                        self._expect(reading.plan.dialect.whole)
+                    elif self._options.idle_timeout is not None:
+                        self.wire.due = asked + self._options.idle_timeout
+                reading.turn(self._queue)
+                if reading.ended:
+                    self._end_reading(reading)
             except SheepError as error:
-                self._skip()
-                if not self._queue:
-                    self._go_on(error)
-                    continue
-                self._failure = error  # what came before it is given out first
-                for link in _chain(error):
-                    link.__traceback__ = None  # whose frames hold the call, which would hold itself
+                self._lose(error if failure is not None or reading is None else self._lost(error, reading))
+            except BaseException:
+                self._let_go()
+                raise
         self._came_at = time.monotonic()
-        self.clock.wait(asked, self._came_at)
+        self._waited = self._came_at - asked
         return True
+
+    def _expect(self, is_whole: bool) -> None:
+        """Begins the time for the next chunk, or for the usage where the answer is whole"""
+        idle = self._options.idle_timeout
+        self._is_idle_awaited = not is_whole
+        if is_whole:
+            self.wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
+        else:
+            self.wire.expect(idle, f"no chunk came for the idle_timeout of {idle} seconds")
+
+    def _end_reading(self, reading: _Reading) -> None:
+        """The answer has ended, on this connection"""
+        if self.wire.ended:
+            raise StreamInterrupted("ended from outside")
+        if reading.plan.dialect.done:
+            self.wire.expect(_DRAIN_TIME, "the body did not end after its end marker")
+            reading.read_out()
+        elif reading.plan.dialect.lost and reading.usage is None and self.answer.usage is None:
+            self._whole = True
+            raise StreamInterrupted("the connection was lost between the answer and its usage")
+        if reading.usage is not None and not self._queue:
+            self.usages[-1:] = [reading.usage]
+        self._let_go()
+        reading.end(self._queue)
+
+    def _lost(self, error: SheepError, reading: _Reading) -> SheepError:
+        """What a failure to read on means"""
+        if reading.is_document and isinstance(error, StreamError) and not (self.answer.given or reading.said):
+            error = _refused_with_200(error)
+        self._let_go()
+        judged = self._judged(error)
+        judged.__cause__ = error.__cause__
+        return judged
+
+    def _let_go(self) -> None:
+        """Gives the connection back, or closes it"""
+        reading, self._reading = self._reading, None
+        self.wire.detach()
+        if reading is not None:
+            reading.response.close()
+
+    def _lose(self, error: SheepError) -> None:
+        """Goes on after a loss; but what came before it is given out first"""
+        if not self._queue:
+            self._go_on(error)
+            return
+        self._failure = error
+        for link in _chain(error):
+            link.__traceback__ = None  # whose frames hold the call, which would hold itself
 
     def _go_on(self, lost: SheepError) -> None:
         """Begins to read the next connection; raises the error where there is none"""
@@ -8306,9 +8380,8 @@ class _Call:
             if not self._whole or self.wire.ended:
                 raise
             _log.debug("request %s: the answer is whole, what follows it is lost: %s", self.own_request_id, error)
-            self._reading = None
-            return
-        self._read(plan)
+        else:
+            self._read(plan)
 
     def _read(self, plan: _Plan) -> None:
         """Begins to read the connection that a plan has opened"""
@@ -8318,47 +8391,11 @@ class _Call:
         is_document = _is_document(content_type)
         is_bounded = is_document and _has_known_end(response)
         body = _BodyDecoder(content_type, self._options.format, self._options.max_event_size, is_bounded)
-        self._reading = _Reading(plan, response, _limited_blocks(response, self.wire), body, is_document)
+        blocks = _limited_blocks(response, self.wire)
+        self._reading = _Reading(plan, self._events, response, blocks, body, is_document)
+        self._is_idle_awaited = False
         if self.wire.due is not None:  # what the caller did since the answer began is not the server's time
             self.wire.due += time.monotonic() - self._answered_at
-
-    def _turn(self, reading: _Reading) -> None:
-        """One turn of the loop"""
-        wire, dialect, idle = self.wire, reading.plan.dialect, self._options.idle_timeout
-        if self._is_awaited and dialect.whole:
-            wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
-        elif self._is_awaited:
-            wire.expect(idle, f"no chunk came for the idle_timeout of {idle} seconds")
-        self._is_awaited = False
-        try:
-            if wire.ended:
-                raise StreamInterrupted("ended from outside")
-            reading.turn(self._queue)
-            if not reading.ended:
-                return
-            if wire.ended:
-                raise StreamInterrupted("ended from outside")
-            if dialect.done:
-                wire.expect(_DRAIN_TIME, "the body did not end after its end marker")
-                reading.read_out()
-            elif dialect.lost and reading.usage is None and self.answer.usage is None:
-                self._whole = True
-                raise StreamInterrupted("the connection was lost between the answer and its usage")
-            self._reading = None
-            reading.end(self._queue)
-        except SheepError as error:
-            if reading.is_document and isinstance(error, StreamError) and not (self.answer.given or reading.said):
-                error = _refused_with_200(error)
-            self._let_go(reading)
-            raise self._judged(error) from error.__cause__
-        except BaseException:
-            self._let_go(reading)
-            raise
-        self._let_go(reading)
-
-    def _let_go(self, reading: _Reading) -> None:
-        self.wire.detach()
-        reading.response.close()
 
     def _complete(self) -> None:
         """The answer is whole, and all of it was given out"""
@@ -8509,7 +8546,6 @@ class Stream:
         self._spares = list(spares)
         self._is_open = False
         self._ended = False
-        self._gave = False  # a piece of the answer
         self._ending = ""  # why it was ended from outside
         self._busy = threading.Lock()  # held by the thread that reads
 
@@ -8518,7 +8554,7 @@ class Stream:
 
     def __next__(self) -> str:
         while True:
-            chunk = self._next()
+            chunk = self._read()
             if chunk is None:
                 raise StopIteration
             if chunk.text and chunk.index == 0:
@@ -8527,35 +8563,14 @@ class Stream:
     def chunks(self) -> Iterator[Chunk]:
         """The same stream, as Chunks: with reasoning, refusals, tool calls, usage and every choice"""
         while True:
-            chunk = self._next()
+            chunk = self._read()
             if chunk is None:
                 return
             yield chunk
 
-    def _next(self) -> Chunk | None:
-        return self._as_reader(self._advance)
-
-    def _advance(self) -> Chunk | None:
-        came = None if self._ended else self._came()
-        self._ended = came is None
-        return came
-
-    def _came(self) -> Chunk | None:
-        """What comes next; from a spare, where nothing came yet and nothing will"""
-        while True:
-            self._open()
-            try:
-                came = self._call.next()
-            except SheepError as error:
-                if not self._took_a_spare(error):
-                    raise
-            else:
-                self._gave = self._gave or (came is not None and _says(came))
-                return came
-
     def _took_a_spare(self, error: SheepError) -> bool:
         failed = self._call
-        while self._spares and not (self._gave or failed.is_over or failed.goes_on_from_elsewhere):
+        while self._spares and not (failed.clock.pieces or failed.is_over or failed.goes_on_from_elsewhere):
             spare = self._spares.pop(0)
             if not spare.stands_in_for(error) or not spare.call.may_follow(failed, error):
                 continue
@@ -8586,16 +8601,29 @@ class Stream:
         calls = [self._call, *(spare.call for spare in self._spares)]
         self._call = next((call for call in calls if call.is_kept), self._call)
 
-    def _as_reader(self, step: Callable[[], _T | None]) -> _T | None:
-        """Takes a step of reading; whatever ends it lets go of the connection"""
+    def _read(self, is_to_open: bool = False) -> Chunk | None:
+        """The next chunk, None at the end; whatever ends the stream lets go of the connection"""
         if not self._busy.acquire(blocking=False):
             if self._call.wire.ended:  # and the thread that ended it holds the lock
                 return None
             raise RuntimeError("a Stream belongs to one thread; only cancel() and close() may come from others")
         try:
-            if self._is_open and not self._call.wire.is_own:
+            if self._is_open and self._call.wire.process != os.getpid():
                 raise RuntimeError("this Stream was opened before a fork: the process that opened it reads it")
-            return step()
+            while not self._ended:
+                if not self._is_open:
+                    self._open()
+                if is_to_open:
+                    return None
+                try:
+                    chunk = self._call.next()
+                except SheepError as error:
+                    if not self._took_a_spare(error):  # which may do where nothing came yet
+                        raise
+                    continue
+                self._ended = chunk is None
+                return chunk
+            return None
         except _StreamClosed:
             self._call.give_up()
             self._finish()
@@ -8615,8 +8643,7 @@ class Stream:
             self._busy.release()
 
     def __enter__(self) -> Stream:
-        if not self._ended:
-            self._as_reader(self._open)
+        self._read(is_to_open=True)
         return self
 
     def __exit__(self, *error: object) -> None:
