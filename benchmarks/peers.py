@@ -6,6 +6,7 @@ is made, so that each process has those of its own peer alone.
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import sys
@@ -35,6 +36,8 @@ class Peer:
     reconnects: ClassVar[bool] = False
     #: takes so long for a chunk that a quick run gives it a tenth of them
     slow: ClassVar[bool] = False
+    #: whether it is there for the CPU of a chunk alone
+    for_chunks: ClassVar[bool] = False
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
@@ -121,6 +124,27 @@ class Bare(Peer):
                         yield text
 
 
+class Read1(Bare):
+    """http.client's read1 with a time-out, `split` and `json.loads`: the same with what a stream over HTTP needs"""
+
+    name = "read1"
+    for_chunks = True
+
+    def open(self, scenario: Scenario) -> Ask:
+        connection = http.client.HTTPConnection(self.origin.rpartition("/")[2], timeout=300)
+        return lambda: self.texts(scenario.dialect, self.read(scenario, connection))
+
+    @staticmethod
+    def read(scenario: Scenario, connection: http.client.HTTPConnection) -> Iterator[bytes]:
+        connection.request("POST", scenario.path)
+        response = connection.getresponse()
+        while True:
+            block = response.read1(65536)
+            if not block:
+                return
+            yield block
+
+
 class Sheepsse(Peer):
     name = "sheepsse"
     modules = ("requests", "sheepsse")
@@ -137,6 +161,17 @@ class Sheepsse(Peer):
     def open(self, scenario: Scenario) -> Ask:
         client = self.client(scenario)
         return lambda: client.stream("Hi")
+
+
+class SheepsseChunks(Sheepsse):
+    """The same as Chunks, as tools, reasoning and the relay need them"""
+
+    name = "chunks()"
+    for_chunks = True
+
+    def open(self, scenario: Scenario) -> Ask:
+        client = self.client(scenario)
+        return lambda: (chunk.text for chunk in client.stream("Hi").chunks() if chunk.text)
 
 
 class OnRequests(Peer):
@@ -296,8 +331,8 @@ class AnthropicEvents(Anthropic):
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
     for peer in (
-        Sheepsse, Bare, IterLines, SSEClientPy, HttpxSSE, RequestsSSE, LaunchDarkly, OpenAI, Anthropic,
-        AnthropicEvents,
+        Sheepsse, SheepsseChunks, Bare, Read1, IterLines, SSEClientPy, HttpxSSE, RequestsSSE, LaunchDarkly, OpenAI,
+        Anthropic, AnthropicEvents,
     )
 }  # fmt: skip
 

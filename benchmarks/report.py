@@ -47,7 +47,7 @@ def cell(runs: list[float]) -> str:
 
 def wanted(target: Target) -> str:
     """What a target says"""
-    bound = "at least" if target.at_least else "at most"
+    bound = ("" if target.ours == "sheepsse" else f"{target.ours} ") + ("at least" if target.at_least else "at most")
     if target.how == "more":
         return f"{bound} {target.limit:g} more than {target.of}"
     if not target.of:
