@@ -1468,7 +1468,10 @@ class _AnswerDecoder(SSEDecoder):
             bare = self._events = []
             self._open = bytearray()
             self._unknown(line)
-        return bare + super().flush()
+        before, events = self.last_event_id, super().flush()
+        if before:  # else its id may be what is missing, by which its server would go on
+            events = [event for event in events if event.id != before or event.data == "[DONE]"]
+        return bare + events
 
 
 class _BodyDecoder:
@@ -5887,123 +5890,52 @@ def _messages(messages: Any) -> list[Any]:
     return list(messages)
 
 
-class _EventLog:
-    """The events of a stream whose server gives them ids: what came, and where a repetition of it ends
+class _Marks:
+    """Where a stream is, by the ids of the events that were given out: the first, and the last few, are kept
 
-    Made from the ``marks`` of another process it knows only the first event and the last ones. Pings are no part of
-    it: they come at other places the next time.
+    Made from the marks of another process it knows no more than those. Pings are no part of it: they come at other
+    places the next time.
     """
 
-    #: a server that has given none by then gives none
-    _PATIENCE = 64
+    _KEPT = 8
 
     def __init__(self, marks: Iterable[Sequence[Any]] = ()) -> None:
-        #: id in force and checksum of each event; None where a checkpoint has not kept it
-        self._marks: list[tuple[str, int | None]] = [(id, checksum) for id, checksum in marks]
-        #: those of another process, and what its answer is held against while they are repeated
-        self._former: tuple[tuple[str, int | None], ...] = tuple(self._marks)
-        self._partial = bool(self._marks)
+        known = [(id, checksum) for id, checksum in marks]
+        #: the first event; as (id, checksum) where another process had it, without a checksum where that is not kept
+        self.first: ServerSentEvent | tuple[str, int | None] | None = known[0] if known else None
+        self.recent: collections.deque[ServerSentEvent | tuple[str, int | None]] = collections.deque(known, self._KEPT)
+        #: whether there are others between the first and the last ones
+        self.is_partial = bool(known)
+        self._former = tuple(known)
         self._given: _Given | None = None
-        #: whether the server gives its events no ids
-        self.idle = False
 
     @property
     def cursor(self) -> str:
-        """The id to go on after, "" where there is none"""
-        return self._marks[-1][0] if self._marks else ""
+        """The id to go on after; "" where the last event has none of its own, so that nobody can say what is new"""
+        ids = [_mark_of(event)[0] for event in self.recent][-2:]
+        return ids[-1] if ids and ids[-1] != "".join(ids[:-1]) else ""
 
     @property
-    def has_own_id(self) -> bool:
-        """Whether the last event came with an id of its own"""
-        return bool(self.cursor) and (len(self._marks) == 1 or self.cursor != self._marks[-2][0])
-
-    @property
-    def marks(self) -> tuple[tuple[str, int | None], ...]:
-        """The first event, the one that the cursor is of, those around it; none where there is no cursor"""
+    def known(self) -> tuple[tuple[str, int | None], ...]:
+        """The first event and the last ones, for another process; none where there is no cursor"""
         if self._given is not None and not self._given.is_behind:  # what is noted is before what was given
             return self._former
-        return (*self._marks[:1], *self._marks[max(1, self._last() - 1) :]) if self.cursor else ()
+        marks = tuple(map(_mark_of, self.recent))
+        if not self.cursor or self.first is None:
+            return ()
+        return marks if _mark_of(self.first) == marks[0] else (_mark_of(self.first), *marks[-2:])
 
-    def _last(self) -> int:
-        """Where the event is that the cursor is of; those after it came without an id"""
-        return [id for id, _ in self._marks].index(self.cursor)
+    def begin_again(self, given: _Given) -> None:
+        """The events come from the first one on: those that follow are noted when all of ``given`` was repeated"""
+        self._former, self._given, self.is_partial = self.known, given, False
+        self.recent.clear()
 
-    def note(self, event: ServerSentEvent) -> None:
-        """Notes an event, all of which was given out"""
-        if self.idle or event.event == "ping":
-            return
-        cursor = event.id or (self._marks[-1][0] if self._marks else "")
-        self._marks.append((cursor, zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))))
-        if len(self._marks) >= self._PATIENCE and not cursor:
-            self.idle = True
-            self._marks.clear()
 
-    def rest(self, given: _Given | None) -> Callable[[ServerSentEvent], bool]:
-        """What tells the new events of a new connection from those noted, which must be the same
-
-        It raises StreamInterrupted where they are not. Where only a part is noted, and they come from the first one
-        on, all are new: then it is for ``given`` to tell what is.
-        """
-        position: int | None = None
-        noted = 0
-
-        def place(event: ServerSentEvent) -> bool:
-            nonlocal position, noted
-            if event.event == "ping":
-                return False
-            if position is None:
-                if given is not None and self._partial and not given.passed:
-                    self._begin_again(event, given)
-                position, noted = self._position(event), len(self._marks)
-            if position < noted:
-                self._require_same(event, *self._marks[position])
-                position += 1
-                return False
-            if self._partial and event.id in [id for id, _ in self._former]:
-                raise _another_answer()
-            return True
-
-        return place
-
-    def _begin_again(self, event: ServerSentEvent, given: _Given) -> None:
-        """Begins a new log if this is the first event of all, or one before it that another process did not keep"""
-        id, checksum = self._marks[0]
-        first = event.id == id if id else checksum == _checksum(event)
-        if first or (_is_number(id, event.id) and int(event.id) < int(id)):
-            self._marks, self._partial, self._given = [], False, given
-        else:
-            given.passed = True
-
-    def _position(self, event: ServerSentEvent) -> int:
-        """Which of the noted events the first one of a new connection repeats; their count where it follows them
-
-        An event with an id is known by that alone: two that say the same are not the same.
-        """
-        ids = [id for id, _ in self._marks]
-        if not ids or event.id in ids[ids.count("") :]:
-            return ids.index(event.id) if ids else 0
-        last = self._last()
-        behind = last + 1 == len(ids)
-        checksum = _checksum(event)
-        if event.id and last + 2 == len(ids) and checksum == self._marks[-1][1]:  # the cut took its id
-            self._marks[-1] = event.id, checksum
-            return last + 1
-        if event.id:
-            if not behind or (_is_number(event.id, self.cursor) and int(event.id) <= int(self.cursor)):
-                raise _another_answer()
-            return len(ids)
-        first = not ids[0] and checksum == self._marks[0][1]
-        follows = behind or checksum == self._marks[last + 1][1]
-        each_has_one = len(ids) > 1 and len(set(ids)) == len(ids)
-        if first == follows or each_has_one:
-            raise _another_answer()
-        return 0 if first else last + 1
-
-    @staticmethod
-    def _require_same(event: ServerSentEvent, id: str, checksum: int | None) -> None:
-        """StreamInterrupted where an event is not the one noted; by its id where no more is known"""
-        if checksum not in (None, _checksum(event)) or (checksum is None and event.id != id):
-            raise _another_answer()
+def _mark_of(event: ServerSentEvent | tuple[str, int | None]) -> tuple[str, int | None]:
+    """The id of an event and its checksum, None where that is not kept"""
+    if not isinstance(event, ServerSentEvent):
+        return event
+    return event.id, zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))
 
 
 def _marks_of(ids: Sequence[str]) -> list[tuple[str, int | None]]:
@@ -6014,12 +5946,13 @@ def _marks_of(ids: Sequence[str]) -> list[tuple[str, int | None]]:
     return [(id, None) for id in known]
 
 
-def _is_number(*ids: str) -> bool:
-    return all(id.isascii() and id.isdigit() and len(id) < 20 for id in ids)
-
-
-def _checksum(event: ServerSentEvent) -> int:
-    return zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))
+def _is_before(id: str, other: str) -> bool:
+    """Whether of two ids that end in a number the first is not after the other"""
+    numbers = [re.fullmatch(r"(.*?)([0-9]{1,20})", each, re.DOTALL) for each in (id, other)]
+    if None in numbers:
+        return False
+    (prefix, number), (other_prefix, other_number) = (match.groups() for match in numbers if match)
+    return prefix == other_prefix and int(number) <= int(other_number)
 
 
 def _another_answer() -> StreamInterrupted:
@@ -6040,38 +5973,38 @@ class _Lost(NamedTuple):
     answer: _Answer
     #: as far as it has read; None where another process did
     dialect: Dialect | None
-    log: _EventLog
+    marks: _Marks
     #: how its provider goes on with an answer, a name in _CONTINUATIONS or ""
     continuation: str = ""
     #: what its reader still holds against what was given; None where that began with the first piece
     given: _Given | None = None
 
 
-class _Check:
-    """What the chunks of a connection are held against"""
+class _Plan:
+    """A way to get an answer: the request, who reads it, and what of it is new; here all"""
+
+    strategy = ""
+    #: the word for it in Stream.continuity
+    continuity = "single"
+    #: whether events and chunks need not be held against what was given
+    is_plain = True
+    #: what was given, as far as it is still to be repeated
+    given: _Given | None = None
+
+    def __init__(self, ask: _Ask, dialect: Dialect) -> None:
+        self.ask, self.dialect = ask, dialect
+
+    def place(self, event: ServerSentEvent) -> bool:
+        """Whether an event is new; StreamInterrupted for one of another answer"""
+        return True
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
         """What a chunk brings that is new; StreamInterrupted where it is of another answer"""
-        raise NotImplementedError
+        return (chunk,)
 
     def end(self) -> Iterable[Chunk]:
-        """What was held back; StreamInterrupted where less came than was given out before"""
-        raise NotImplementedError
-
-
-class _Plan(NamedTuple):
-    """A way to go on"""
-
-    strategy: str
-    #: the word for it in Stream.continuity
-    continuity: str
-    ask: _Ask
-    dialect: Dialect
-    #: whether an event of it is new; raises StreamInterrupted for one of another answer. None where all are
-    place: Callable[[ServerSentEvent], bool] | None = None
-    check: _Check | None = None
-    #: what its chunks are held against, which repeat what was given
-    given: _Given | None = None
+        """What was held back; StreamInterrupted where less came than was given"""
+        return ()
 
 
 def _new_dialect(request: _Request, ask: _Ask) -> Dialect:
@@ -6083,19 +6016,16 @@ def _replay(lost: _Lost) -> _Plan | None:
     ask = lost.ask
     if not lost.request.stream:
         return _poll(lost)
-    again = lost.dialect or _new_dialect(lost.request, ask)
-    given = lost.given if again is lost.dialect else _Given(lost.answer)
+    reader = lost.dialect or _new_dialect(lost.request, ask)
+    given = lost.given if lost.dialect else _Given(lost.answer)
     url = lost.request.dialect.replay_url(ask.url, ask.body or {}, lost.answer.id, lost.dialect)
     if url:
-        return _repeating(lost, "replay", _Ask("GET", url, None), again, given)
-    if not lost.log.cursor or (again is not lost.dialect and not _joins(again, lost.answer)):
+        return _Repeated(_Ask("GET", url, None), reader, lost.answer, given)
+    if not lost.marks.cursor or not (lost.dialect or _joins(reader, lost.answer)):
         return None
     # a str would go out as latin-1, and requests refuses blanks at the ends, which HTTP does not keep
-    cursor = lost.log.cursor.strip(" \t").encode("utf-8")
-    plan = _repeating(
-        lost, "replay", ask._replace(headers={"Last-Event-ID": cursor}), again, given, whole=again is lost.dialect
-    )
-    return plan._replace(place=lost.log.rest(given))
+    cursor = lost.marks.cursor.strip(" \t").encode("utf-8")
+    return _ByIds(lost, ask._replace(headers={"Last-Event-ID": cursor}), reader, given)
 
 
 def _joins(reader: Dialect, answer: _Answer) -> bool:
@@ -6103,58 +6033,126 @@ def _joins(reader: Dialect, answer: _Answer) -> bool:
     return not (reader.compares or answer.tool_calls or reader.choices > 1)
 
 
-def _repeating(
-    lost: _Lost, strategy: str, ask: _Ask, again: Dialect, given: _Given | None, whole: bool = True
-) -> _Plan:
-    """The same generation, held against what was given unless its reader goes on; see _same_answer for ``whole``"""
+class _Repeated(_Plan):
+    """The same generation, held against what was given unless its reader goes on"""
 
-    return _Plan(strategy, "replayed", ask, again, check=_SameAnswer(lost.answer, given, whole), given=given)
+    strategy, continuity, is_plain = "replay", "replayed", False
 
-
-def _poll(lost: _Lost) -> _Plan | None:
-    """The whole of the same generation, where its stream cannot be had any more"""
-    ask = lost.ask
-    url = lost.request.dialect.job_url(ask.url, ask.body or {}, lost.answer.id)
-    if not url:
-        return None
-    return _repeating(lost, "poll", _Ask("GET", url, None), _new_dialect(lost.request, ask), _Given(lost.answer))
-
-
-class _SameAnswer(_Check):
-    """Lets the chunks of one generation through, without what was given
-
-    Where they are not ``whole``, what they keep for the vendor is not either, and is left out.
-    """
-
-    def __init__(self, answer: _Answer, given: _Given | None, whole: bool) -> None:
-        self._answer, self._given, self._whole = answer, given, whole
+    def __init__(self, ask: _Ask, dialect: Dialect, answer: _Answer, given: _Given | None) -> None:
+        super().__init__(ask, dialect)
+        self._answer, self.given = answer, given
+        #: whether the reader has all of the answer: else what it keeps for the vendor is not whole
+        self._has_all = True
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
         if chunk.id and self._answer.id and chunk.id != self._answer.id:
             raise _another_answer()
-        chunk = chunk if self._whole else chunk._replace(vendor=None)
-        return (chunk,) if self._given is None else self._given.check(chunk)
+        chunk = chunk if self._has_all else chunk._replace(vendor=None)
+        return (chunk,) if self.given is None else self.given.beyond(chunk)
 
     def end(self) -> Iterable[Chunk]:
-        return () if self._given is None else self._given.end()
+        if self.given is not None:
+            self.given.require_all()
+        return ()
+
+
+class _Poll(_Repeated):
+    """The whole of the same generation, where its stream cannot be had any more"""
+
+    strategy = "poll"
+
+
+class _ByIds(_Repeated):
+    """The events of the same generation after the last one; its server may go on there, before it, or from the first"""
+
+    def __init__(self, lost: _Lost, ask: _Ask, reader: Dialect, given: _Given | None) -> None:
+        super().__init__(ask, reader, lost.answer, given)
+        self._lost = lost
+        self._has_all = lost.dialect is not None
+        self._left: list[tuple[str, int | None]] | None = None  # of the last events, what may come again
+
+    def place(self, event: ServerSentEvent) -> bool:
+        if event.event == "ping":
+            return False
+        if self._left is None:
+            self._left = self._begin(event)
+        known = [id for id, _ in self._left]
+        if event.id not in known:
+            if any(checksum is not None for _, checksum in self._left):
+                raise _another_answer()
+            return not self._left
+        checksum = self._left[known.index(event.id)][1]
+        if checksum not in (None, _mark_of(event)[1]):
+            raise _another_answer()
+        del self._left[: known.index(event.id) + 1]
+        return False
+
+    def _begin(self, event: ServerSentEvent) -> list[tuple[str, int | None]]:
+        """Which of the last events the first one shows that are repeated"""
+        marks = self._lost.marks
+        recent = list(map(_mark_of, marks.recent))
+        ids = [id for id, _ in recent]
+        assert marks.first is not None
+        first, checksum = _mark_of(marks.first)
+        is_first = event.id == first if first else checksum == _mark_of(event)[1]
+        is_kept = event.id != "" and event.id in ids
+        if (is_first and not (is_kept and not marks.is_partial)) or (marks.is_partial and _is_before(event.id, first)):
+            self.dialect = _new_dialect(self._lost.request, self._lost.ask)
+            self.given, self._has_all = _Given(self._answer), True
+            marks.begin_again(self.given)
+            return []
+        if not event.id or not (is_kept or not _is_before(event.id, marks.cursor)):
+            raise _another_answer()
+        if self._lost.dialect is None and self.given is not None:
+            self.given.passed = True
+        return recent[ids.index(event.id) :] if is_kept else []
+
+
+def _poll(lost: _Lost) -> _Plan | None:
+    ask = lost.ask
+    url = lost.request.dialect.job_url(ask.url, ask.body or {}, lost.answer.id)
+    if not url:
+        return None
+    return _Poll(_Ask("GET", url, None), _new_dialect(lost.request, ask), lost.answer, _Given(lost.answer))
+
+
+class _Restart(_Plan):
+    strategy, continuity = "restart", "restarted"
 
 
 def _restart(lost: _Lost) -> _Plan | None:
     """The same request again, where nothing was given out"""
     if lost.answer.given or (lost.dialect is not None and lost.dialect.whole):
         return None
-    return _Plan("restart", "restarted", lost.ask, _new_dialect(lost.request, lost.ask))
+    return _Restart(lost.ask, _new_dialect(lost.request, lost.ask))
 
 
 def _verify(lost: _Lost) -> _Plan | None:
     """The same request again, whose answer must begin as this one did"""
     again = _new_dialect(lost.request, lost.ask)
-    if again.choices > 1:
-        return None
-    return _Plan("verify", "verified", lost.ask, again, check=_Repeated(lost.answer))
+    return None if again.choices > 1 else _Verified(lost.ask, again, lost.answer)
 
 
-class _Given(_Check):
+class _Verified(_Plan):
+    """Another generation that begins as what was given"""
+
+    strategy, continuity, is_plain = "verify", "verified", False
+
+    def __init__(self, ask: _Ask, dialect: Dialect, answer: _Answer) -> None:
+        super().__init__(ask, dialect)
+        self._before, self._has_calls = _Given(answer), bool(answer.tool_calls)
+
+    def check(self, chunk: Chunk) -> Iterable[Chunk]:
+        # the ids of calls are others now than those given out, and those of events of another stream
+        vendor = None if self._has_calls else chunk.vendor
+        return [new._replace(event_id="", vendor=vendor) for new in self._before.beyond(chunk)]
+
+    def end(self) -> Iterable[Chunk]:
+        self._before.require_all()
+        return ()
+
+
+class _Given:
     """What was given out, piece by piece of its kind, against which a repetition is held"""
 
     def __init__(self, answer: _Answer) -> None:
@@ -6166,7 +6164,8 @@ class _Given(_Check):
         #: whether what comes is behind all of it
         self.passed = False
 
-    def check(self, chunk: Chunk) -> Iterable[Chunk]:
+    def beyond(self, chunk: Chunk) -> Iterable[Chunk]:
+        """What a chunk brings beyond it; StreamInterrupted at a difference"""
         if self.passed:
             return (chunk,)
         missing = chunk._replace(
@@ -6176,7 +6175,7 @@ class _Given(_Check):
             tool_calls=tuple(self._calls_beyond(chunk.tool_calls)),
         )
         if chunk.finish_reason:
-            self._require_all()
+            self.require_all()
         if chunk.finish_reason and self._finish_reason:
             missing = missing._replace(finish_reason=None, finish=None, vendor=None)
             if chunk.finish_reason != self._finish_reason:
@@ -6185,11 +6184,6 @@ class _Given(_Check):
             # nobody can go on from its event: what was given ends behind it
             missing = missing._replace(event_id="", usage=None)
         return (missing,) if _says(missing) or missing.finish_reason or missing.usage else ()
-
-    def end(self) -> Iterable[Chunk]:
-        if not self.passed:
-            self._require_all()
-        return ()
 
     def _beyond(self, name: str, piece: str) -> str:
         given, at = self._left[name], self._at[name]
@@ -6232,7 +6226,10 @@ class _Given(_Check):
             if at < len(call.arguments):
                 yield "tool_calls", index, call.arguments[at : at + 100]
 
-    def _require_all(self) -> None:
+    def require_all(self) -> None:
+        """StreamInterrupted where it was not repeated to its end"""
+        if self.passed:
+            return
         for name, position, given in self._not_repeated():
             raise self._difference(name, position, given, "")
 
@@ -6242,19 +6239,6 @@ class _Given(_Check):
             f"{_excerpt(given, 40)} was given, and now there is {_excerpt(repeated, 40)}",
             retryable=False,
         )
-
-
-class _Repeated(_Given):
-    """The same of another generation"""
-
-    def __init__(self, answer: _Answer) -> None:
-        super().__init__(answer)
-        self._calls_given = bool(answer.tool_calls)
-
-    def check(self, chunk: Chunk) -> Iterable[Chunk]:
-        # the ids of calls are others now than those given out, and those of events of another stream
-        vendor = None if self._calls_given else chunk.vendor
-        return [missing._replace(event_id="", vendor=vendor) for missing in super().check(chunk)]
 
 
 def _common(first: str, second: str) -> int:
@@ -6335,9 +6319,7 @@ def _continue(lost: _Lost) -> _Plan | None:
     request = rule.request(_lowered(lost), kept)
     if request is None:
         return None
-    ask = request.ask()
-    check = _Continued(lost.answer, text, text[len(kept) :], rule.echoes)
-    return _Plan("continue", "continued", ask, _new_dialect(request, ask), check=check)
+    return _Continued(request, lost.answer, text[len(kept) :], rule.echoes)
 
 
 def _lowered(lost: _Lost) -> _Request:
@@ -6359,10 +6341,14 @@ def _tokens_received(answer: _Answer) -> int:
 _ECHO, _UNEXPECTED_ECHO = 4, 12
 
 
-class _Estimated(_Check):
-    """Chunks of another generation, whose usage counts also what was given before"""
+class _GoingOn(_Plan):
+    """Another generation that goes on with what was given, which its usage counts too"""
 
-    def __init__(self, answer: _Answer) -> None:
+    strategy, continuity, is_plain = "continue", "continued", False
+
+    def __init__(self, request: _Request, answer: _Answer) -> None:
+        ask = request.ask()
+        super().__init__(ask, _new_dialect(request, ask))
         self._received = _tokens_received(answer)
 
     def _counted(self, chunk: Chunk) -> Chunk:
@@ -6375,7 +6361,7 @@ class _Estimated(_Check):
         return chunk._replace(usage=usage, event_id="", vendor=None)
 
 
-class _Continued(_Estimated):
+class _Continued(_GoingOn):
     """Chunks that go on with a text, without what they repeat of it first, where the provider ``echoes``
 
     Held back until it is known. StreamInterrupted where a part of it is repeated, or with other white space, or
@@ -6383,8 +6369,9 @@ class _Continued(_Estimated):
     is in ``space``, and does not come twice.
     """
 
-    def __init__(self, answer: _Answer, text: str, space: str, echoes: bool) -> None:
-        super().__init__(answer)
+    def __init__(self, request: _Request, answer: _Answer, space: str, echoes: bool) -> None:
+        super().__init__(request, answer)
+        text = str(answer.text)
         self._text, self._space, self._echoes = text, space, echoes
         self._kept, self._begun = text.rstrip(), _squeezed(text)
         self._held: list[Chunk] | None = []  # None when it is known
@@ -6463,18 +6450,16 @@ def _anchor(lost: _Lost) -> _Plan | None:
             "and repeat nothing else."
         ),
     }
-    request = _lowered(lost).and_then(said, told)
-    ask = request.ask()
-
-    check = _Anchored(lost.answer, tail)
-    return _Plan("anchor", "continued", ask, _new_dialect(request, ask), check=check)
+    return _Anchored(_lowered(lost).and_then(said, told), lost.answer, tail)
 
 
-class _Anchored(_Estimated):
+class _Anchored(_GoingOn):
     """What follows the repeated words; StreamInterrupted, and nothing given out, where they are not repeated"""
 
-    def __init__(self, answer: _Answer, tail: str) -> None:
-        super().__init__(answer)
+    strategy = "anchor"
+
+    def __init__(self, request: _Request, answer: _Answer, tail: str) -> None:
+        super().__init__(request, answer)
         self._tail = tail
         self._held: list[Chunk] | None = []  # None when they were repeated
         self._said = ""
@@ -6556,34 +6541,34 @@ class _Reading:
     def __init__(
         self,
         plan: _Plan,
-        log: _EventLog,
+        marks: _Marks,
         response: requests.Response,
         blocks: Iterator[bytes],
         body: _BodyDecoder,
         is_document: bool,
     ) -> None:
         self.plan, self.response, self.is_document = plan, response, is_document
-        self._log, self._blocks, self._body = log, blocks, body
+        self._marks, self._blocks, self._body = marks, blocks, body
         #: what the provider says that this generation took
         self.usage: Usage | None = None
         #: whether a piece of the answer came, where it is one document
         self.said = False
         self.ended = False
-        self._is_plain = plan.check is None and not is_document
+        self._is_plain = plan.is_plain and not is_document
         self._is_checked = True  # whether the last chunk was found to be of this answer
 
     def turn(self, queue: collections.deque[_Came]) -> None:
         """Reads a block, and queues what it brings"""
-        dialect, place = self.plan.dialect, self.plan.place
+        plan = self.plan
         try:
             block = next(self._blocks, b"")
             events = (self._body.decoder or self._body).feed(block) if block else self._body.flush()
             for event in events:
-                if place is not None and not place(event):
+                if not (plan.is_plain or plan.place(event)):
                     continue
                 before, failure = len(queue), None
                 try:
-                    for chunk in dialect.read(event):
+                    for chunk in plan.dialect.read(event):
                         self.usage = chunk.usage or self.usage
                         if self._is_plain:
                             queue.append(_Came(chunk, [], self.usage))
@@ -6591,29 +6576,31 @@ class _Reading:
                             self._take(chunk, queue)
                 except SheepError as error:
                     failure = error
-                if failure is None or len(queue) > before:
+                is_given = failure is None or len(queue) > before
+                if is_given and event.event != "ping":
                     if queue:
                         queue[-1].events.append(event)
                     else:
-                        self._log.note(event)
+                        self._marks.first = self._marks.first or event
+                        self._marks.recent.append(event)
                 if failure is not None:
                     raise failure
-                if dialect.done:
+                if plan.dialect.done:
                     break
-            if not block or dialect.done:
+            if not block or plan.dialect.done:
                 self._end(queue)
         except (InvalidStreamError, StreamInterrupted, StreamTimeout) as error:
-            if not (dialect.whole and self._is_checked):  # else only the usage is lost, or the way the connection ends
+            if not (plan.dialect.whole and self._is_checked):
                 raise
-            dialect.lost = isinstance(error, StreamInterrupted)
+            # only the usage is lost, or the way the connection ends
+            plan.dialect.lost = isinstance(error, StreamInterrupted)
             self.ended = True
 
     def _take(self, chunk: Chunk, queue: collections.deque[_Came]) -> None:
         """Queues what a chunk brings that is new"""
         self.said = self.said or _says(chunk)
         self._is_checked = False
-        new = (chunk,) if self.plan.check is None else self.plan.check.check(chunk)
-        queue.extend([_Came(each, [], self.usage) for each in new])
+        queue.extend([_Came(new, [], self.usage) for new in self.plan.check(chunk)])
         self._is_checked = True
 
     def _end(self, queue: collections.deque[_Came]) -> None:
@@ -6630,8 +6617,7 @@ class _Reading:
 
     def end(self, queue: collections.deque[_Came]) -> None:
         """Queues what was held back"""
-        if self.plan.check is not None:
-            queue.extend([_Came(chunk, [], self.usage) for chunk in self.plan.check.end()])
+        queue.extend([_Came(chunk, [], self.usage) for chunk in self.plan.end()])
 
     def read_out(self) -> None:
         """What follows the end marker means nothing, but only a body read to its end frees the connection"""
@@ -7800,7 +7786,7 @@ class _Call:
         if terms.alignment is not None and terms.alignment.mode != "none":
             self._alignment = _Alignment(terms.alignment, request.messages, request.model)
         self._asked = self._ask = request.ask()  # at first, and as it stands
-        self._events = _EventLog(events)
+        self._marks = _Marks(events)
         self._queue: collections.deque[_Came] = collections.deque()
         self._failure: SheepError | None = None  # of the stream, behind what is in the queue
         self._reading: _Reading | None = None  # None where there is no more to read
@@ -7816,7 +7802,7 @@ class _Call:
 
     def _first_plan(self) -> _Plan:
         """What there is before anything is lost"""
-        return _Plan("", "single", self._asked, _new_dialect(self.request, self._asked))
+        return _Plan(self._asked, _new_dialect(self.request, self._asked))
 
     # Sending
 
@@ -7935,7 +7921,7 @@ class _Call:
             self.answer.add(chunk)
         marks = _marks_of([chunk.event_id for chunk in journal.chunks])
         if marks:
-            self._events = _EventLog(marks)
+            self._marks = _Marks(marks)
         self.continuity = journal.continuity
         self._untold = bool(journal.chunks)
         self._whole = journal.complete or self._is_finished
@@ -7969,7 +7955,7 @@ class _Call:
             self._journal.restart()
             self.continuity = "restarted"
         self._untold = False
-        self.answer, self._events = _Answer(), _EventLog()
+        self.answer, self._marks = _Answer(), _Marks()
         self._plan = self._first_plan()
 
     def _went_on_from_elsewhere(self, names: Sequence[str]) -> bool:
@@ -8171,7 +8157,7 @@ class _Call:
             self._asked,
             self.answer.without_failure(),
             self._plan.dialect if reads_on else None,
-            self._events if reads_on else _EventLog(),
+            self._marks if reads_on else _Marks(),
             self._target.continuation,
             self._plan.given if reads_on else None,
         )
@@ -8221,7 +8207,7 @@ class _Call:
         """Notes a way to go on that the server took"""
         if plan.strategy not in ("replay", "poll"):
             self.usages.append(None)
-            self._events = _EventLog()
+            self._marks = _Marks()
         if plan.strategy == "restart":
             self.answer = _Answer()
             self._plan = plan
@@ -8261,9 +8247,9 @@ class _Call:
         says = self.answer.add(chunk)
         self.clock.note(chunk, says, self._came_at, self._waited)
         self._waited, self._is_event_whole = 0.0, bool(events)
-        if not self._events.idle:
-            for event in events:
-                self._events.note(event)
+        if events:
+            self._marks.first = self._marks.first or events[0]
+            self._marks.recent.extend(events)
         if usage is not None:
             self.usages[-1:] = [usage]
         self._progress = self._progress or says
@@ -8286,7 +8272,7 @@ class _Call:
     @property
     def has_own_id(self) -> bool:
         """Whether the chunk that was given last completes an event that has an id of its own"""
-        return self._is_event_whole and self._events.has_own_id
+        return self._is_event_whole and bool(self._marks.cursor)
 
     @property
     def _is_whole(self) -> bool:
@@ -8392,7 +8378,7 @@ class _Call:
         is_bounded = is_document and _has_known_end(response)
         body = _BodyDecoder(content_type, self._options.format, self._options.max_event_size, is_bounded)
         blocks = _limited_blocks(response, self.wire)
-        self._reading = _Reading(plan, self._events, response, blocks, body, is_document)
+        self._reading = _Reading(plan, self._marks, response, blocks, body, is_document)
         self._is_idle_awaited = False
         if self.wire.due is not None:  # what the caller did since the answer began is not the server's time
             self.wire.due += time.monotonic() - self._answered_at
@@ -8430,7 +8416,7 @@ class _Call:
     def failed(self, error: SheepError) -> None:
         """Completes an error that goes to the caller"""
         self.answer.complete = False
-        _set_partial(error, self.answer, self._events.marks)
+        _set_partial(error, self.answer, self._marks.known)
         error.request_id = error.request_id or self.request_id
         if error.response is None and self.response is not None:
             error.response, error.request = self.response, self.response.request
