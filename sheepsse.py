@@ -74,7 +74,9 @@ from typing import (
     List,
     Mapping,
     NamedTuple,
+    Optional,
     Sequence,
+    Tuple,
     TypeVar,
 )
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
@@ -636,13 +638,13 @@ _NO_JSON = object()
 
 
 #: reads raw control characters in strings too, which some servers send; json.loads would build one for each call
-_decode_json = json.JSONDecoder(strict=False).decode
+_JSON = json.JSONDecoder(strict=False)
 
 
 def _json(text: str | bytes | bytearray) -> Any:
     """What JSON says, or _NO_JSON; no error of the parser comes of it, and none that would keep the text"""
     try:
-        return _decode_json(text) if isinstance(text, str) else json.loads(text, strict=False)
+        return _JSON.decode(text) if isinstance(text, str) else json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return _NO_JSON
 
@@ -1724,7 +1726,7 @@ class Dialect:
     def read(self, event: ServerSentEvent) -> Iterable[Chunk]:
         """The chunks of an event, without halves of characters; raises for a finish reason that means a failure"""
         chunks, data = self.chunks(event), event.data
-        may_have_halves = self._halves or "\\ud" in data or "\\uD" in data or not data.isascii()
+        may_have_halves = self._halves or "\\u" in data or not data.isascii()
         if isinstance(chunks, list) and not may_have_halves and self._failure is None:
             return chunks
         return self._checked(chunks)
@@ -1761,8 +1763,10 @@ class Dialect:
         if not data or self.done or data[0] == ":":  # the last is a comment in the place of data
             return None
         try:
-            payload = _decode_json(data)
+            payload, end = _JSON.raw_decode(data)
         except (ValueError, RecursionError):
+            payload, end = _NO_JSON, len(data)
+        if end < len(data):
             payload = _NO_JSON
         if isinstance(payload, list) and len(payload) == 1:
             payload = payload[0]
@@ -1915,18 +1919,7 @@ class _OpenAI(Dialect):
             error = error or _reported_error({"error": groq.get("error")})
         choices = payload.get("choices")
         choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
-        usage: Usage | None = None
-        for place in (payload, groq, *choices):
-            if usage is None and place.get("usage"):
-                usage = self.usage(place["usage"])
-        id, model = payload.get("id", ""), payload.get("model", "")
-        named: dict[str, Any] = {
-            "usage": usage,
-            "event_id": event.id or "",
-            "raw": payload,
-            "id": id if isinstance(id, str) else "",
-            "model": model if isinstance(model, str) else "",
-        }
+        wire = payload.get("usage") or groq.get("usage")
         read, texts = [], []
         for position, choice in enumerate(choices):
             sent, delta = choice.get("index"), choice.get("delta")
@@ -1939,27 +1932,43 @@ class _OpenAI(Dialect):
                 self._begun.add(sent)
             if not _ERROR_MEMBERS.isdisjoint(choice) or "error" in delta:
                 error = error or _reported_error(choice) or _reported_error({"error": delta.get("error")})
+            wire = wire or choice.get("usage")
             content = delta.get("content")
-            said = _Content(content) if isinstance(content, str) else _content(content)
-            read.append((sent, choice, delta, said))
-            texts.append((sent, said.text))
+            content = (content, "", "") if isinstance(content, str) else _content(content)
+            read.append((sent, choice, delta, content))
+            texts.append((sent, content[0]))
         if len(texts) != 1 or texts[0][0] != self._choices.settled:
             self._choices.note(texts)
-        chunks = [self._choice(*each, named) for each in read]
+        id, model = payload.get("id"), payload.get("model")
+        id, model = id if isinstance(id, str) else "", model if isinstance(model, str) else ""
+        usage, event_id = self.usage(wire) if wire else None, event.id or ""
+        chunks = [
+            self._choice(sent, choice, delta, content, usage, event_id, payload, id, model)
+            for sent, choice, delta, content in read
+        ]
         if not choices and ((error is None and "choices" in payload) or usage):  # else a ping, or the like
-            chunks.append(Chunk(**named))
+            chunks.append(Chunk(usage=usage, event_id=event_id, raw=payload, id=id, model=model))
         self.finished, self.whole = self._choices.finished, self._choices.whole
         if error is not None:
             self._failure = _stream_error(error)
         return chunks
 
     def _choice(
-        self, sent: int, choice: dict[str, Any], delta: dict[str, Any], content: _Content, named: dict[str, Any]
+        self,
+        sent: int,
+        choice: dict[str, Any],
+        delta: dict[str, Any],
+        content: tuple[str, str, str],
+        usage: Usage | None,
+        event_id: str,
+        raw: dict[str, Any],
+        id: str,
+        model: str,
     ) -> Chunk:
         index, reason = sent if self._choices.are_apart else 0, choice.get("finish_reason")
-        reasoning, refusal = "", content.refusal
-        if content.reasoning or not _REASONING_MEMBERS.isdisjoint(delta):
-            reasoning = _reasoning(delta) or content.reasoning
+        text, reasoning, refusal = content
+        if reasoning or not _REASONING_MEMBERS.isdisjoint(delta):
+            reasoning = _reasoning(delta) or reasoning
             self._thoughts.setdefault(index, _Thoughts()).add(delta)
         calls: tuple[ToolCall, ...] = ()
         if "tool_calls" in delta or "function_call" in delta:
@@ -1973,10 +1982,10 @@ class _OpenAI(Dialect):
             calls = (*calls, *(made.end() if made else ()))
             finish = self.finish(reason, made, _text(choice.get("native_finish_reason")))
         if reason or index not in self._choices.open:
-            self._choices.end(index, reason, bool(content.text or reasoning or refusal or calls))
+            self._choices.end(index, reason, bool(text or reasoning or refusal or calls))
         if reason:
             vendor = self._vendor(index)
-        return Chunk(content.text, reasoning, refusal, calls, reason, finish, index=index, vendor=vendor, **named)
+        return Chunk(text, reasoning, refusal, calls, reason, finish, usage, index, event_id, raw, id, model, vendor)
 
     def _calls_in(self, index: int, sent: int, delta: dict[str, Any]) -> Iterator[ToolCall]:
         calls, parts = self._calls.setdefault(index, _ToolCalls()), delta.get("tool_calls")
@@ -6525,14 +6534,8 @@ def _point(resume_from: Any) -> ResumePoint | None:
     raise TypeError(f"resume_from takes an error or its resume_point, got {type(resume_from).__name__}")
 
 
-class _Came(NamedTuple):
-    """What is to be given out next"""
-
-    chunk: Chunk
-    #: the events of which nothing is left then
-    events: list[ServerSentEvent]
-    #: what its generation took so far
-    usage: Usage | None
+#: what is to be given out next: a chunk, the events of which nothing is left then, and what its generation took so far
+_Came = Tuple[Chunk, List[ServerSentEvent], Optional[Usage]]
 
 
 class _Reading:
@@ -6571,7 +6574,7 @@ class _Reading:
                     for chunk in plan.dialect.read(event):
                         self.usage = chunk.usage or self.usage
                         if self._is_plain:
-                            queue.append(_Came(chunk, [], self.usage))
+                            queue.append((chunk, [], self.usage))
                         else:
                             self._take(chunk, queue)
                 except SheepError as error:
@@ -6579,7 +6582,7 @@ class _Reading:
                 is_given = failure is None or len(queue) > before
                 if is_given and event.event != "ping":
                     if queue:
-                        queue[-1].events.append(event)
+                        queue[-1][1].append(event)
                     else:
                         self._marks.first = self._marks.first or event
                         self._marks.recent.append(event)
@@ -6600,7 +6603,7 @@ class _Reading:
         """Queues what a chunk brings that is new"""
         self.said = self.said or _says(chunk)
         self._is_checked = False
-        queue.extend([_Came(new, [], self.usage) for new in self.plan.check(chunk)])
+        queue.extend([(new, [], self.usage) for new in self.plan.check(chunk)])
         self._is_checked = True
 
     def _end(self, queue: collections.deque[_Came]) -> None:
@@ -6617,7 +6620,7 @@ class _Reading:
 
     def end(self, queue: collections.deque[_Came]) -> None:
         """Queues what was held back"""
-        queue.extend([_Came(chunk, [], self.usage) for chunk in self.plan.end()])
+        queue.extend([(chunk, [], self.usage) for chunk in self.plan.end()])
 
     def read_out(self) -> None:
         """What follows the end marker means nothing, but only a body read to its end frees the connection"""
@@ -8276,7 +8279,7 @@ class _Call:
 
     @property
     def _is_whole(self) -> bool:
-        is_left = any(_says(came.chunk) for came in self._queue)
+        is_left = any(_says(chunk) for chunk, _, _ in self._queue)
         return self.cached or ((self._whole or self._plan.dialect.whole) and not is_left)
 
     def _fill(self) -> bool:
