@@ -1151,6 +1151,7 @@ class SSEDecoder:
 
     #: whether a last event that lacks only its blank line is given out where the connection was lost
     salvages = True
+    _max_id_size: int | None = None
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE, last_event_id: str = "") -> None:
         #: the id that a reconnecting client sends back, as of the last blank line
@@ -1228,7 +1229,7 @@ class SSEDecoder:
         elif field == b"event":
             self._event = value
         elif field == b"id":
-            if b"\0" not in value:
+            if value != self._id and b"\0" not in value:
                 self._set_id(value)
         elif field == b"retry" and value.isdigit():  # bytes.isdigit knows ASCII digits only
             self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits are for ever too
@@ -1240,8 +1241,9 @@ class SSEDecoder:
         return line[3:] if first and line[:3] == b"\xef\xbb\xbf" else line
 
     def _set_id(self, value: bytes) -> None:
-        if value != self._id:
-            self._id, self._decoded_id = value, _decode(value)  # once, for all events that it stays in force for
+        if self._max_id_size is not None and len(value) > self._max_id_size:
+            raise InvalidStreamError(f"the id of an event is longer than {self._max_id_size} bytes")
+        self._id, self._decoded_id = value, value.decode("utf-8", "replace")  # once, for all that it is in force for
 
     def _unknown(self, line: bytes) -> None:
         """A line that is no field: it means nothing"""
@@ -1425,15 +1427,11 @@ class _AnswerDecoder(SSEDecoder):
     """Reads also errors that are no event: in a field named ``error`` (llama.cpp), or as JSON without ``data:``"""
 
     salvages = False  # its id may be what is missing, without which nobody knows where to go on
+    _max_id_size = _MAX_ID_SIZE  # each event would carry it, and each reconnection send it
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
         super().__init__(max_event_size)
         self._bare: _JSONDecoder | None = None  # an object that began without a field
-
-    def _set_id(self, value: bytes) -> None:
-        if len(value) > _MAX_ID_SIZE:  # each event would carry it, and each reconnection send it
-            raise InvalidStreamError(f"the id of an event is longer than {_MAX_ID_SIZE} bytes")
-        super()._set_id(value)
 
     def _unknown(self, line: bytes) -> None:
         field, value = _split_line(line)
