@@ -9,7 +9,7 @@ Stream the words of a language model: at once, exactly once, and whole.
 
 Blocking, one file, on ``requests``. Install it, or copy this file next to a script.
 
-The way of the data, each arrow a plain generator function that a script can call on what it already has::
+The way of the data; each arrow is a function that a script can call on what it already has::
 
     requests.Response --iter_bytes--> blocks --iter_events--> ServerSentEvent --iter_chunks--> Chunk --iter_text--> str
 
@@ -5858,6 +5858,20 @@ def _require_event_stream(response: requests.Response, wire: _Wire) -> None:
 # ============================================================================================================
 # 9. Resume: the same chunks across lost connections. May use: Transport and above
 # ============================================================================================================
+# Read here when text comes twice, or is missing, after a connection was lost.
+#
+# What was given out is known in two ways: _Answer holds the text itself, and _Marks the ids of the first event and of
+# the last few. From both a strategy makes a _Plan: the request, the reader of its answer, and what of it is new.
+#
+#   _replay     the same generation again: by the id of the last event (_ByIds), by a number in the URL (_Repeated), or
+#               the whole of it where its stream is gone (_Poll). Nothing is billed twice
+#   _restart    the same request, where nothing was given out (_Restart)
+#   _continue   the provider goes on with the text that came (_Continued)
+#   _verify     the same request, whose answer must begin as this one did (_Verified)
+#   _anchor     the model is asked to repeat its last words, and to go on (_Anchored)
+#
+# _Reading turns one connection into chunks: place() of the plan says whether an event is new before it is read, check()
+# what of a chunk is, and end() what was held back. Any difference is a StreamInterrupted, and nothing is given twice.
 
 
 class _Ask(NamedTuple):
@@ -7382,6 +7396,18 @@ def replay(path: str | os.PathLike[str]) -> Iterator[Chunk]:
 # ============================================================================================================
 # 11. Client: the sections above put together; the only one that opens sockets to a model. May use: all above
 # ============================================================================================================
+# Read here to see in what order things happen in a call.
+#
+# Client checks its options once and makes a Stream of a _Call; other clients, and the same without streaming, stand by
+# as _Spares until something was given out. The first next() opens the stream (start):
+#
+#   a checkpoint that is whole answers; else a slot of the limiter and leave of the breaker are waited for (_admit);
+#   the request is sent, and again where the policy allows it (_connect, _request, _back_off).
+#
+# Then next() of the call takes one chunk from the queue, adds it to the answer, notes its event, writes it to the
+# journal, and gives it out. Where the queue is empty _fill turns the loop until there is one: each turn reads a block
+# (_Reading.turn). _fill is the one place that handles a loss: what came before it is given out first, then resume()
+# chooses a plan and opens it, or raises. cancel() and close() end the wire, which wakes whoever waits on it.
 
 
 class Provider(NamedTuple):
