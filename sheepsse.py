@@ -2189,18 +2189,19 @@ _COUNTS = {
 }
 
 
+_COUNT_AT = {place: name for name, places in _COUNTS.items() for place in places}
 #: which count the others are parts of
 _PART_OF = {"cache_read": "input", "cache_write": "input", "reasoning": "output"}
 
 
 def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]:
     """The counts of a usage, by the names of _COUNTS, and its cost; what is no count is missing"""
-    counts = {}
+    counts: dict[str, Any] = {}
     wholes = {_PART_OF[part] for part in excluded}
-    for name, places in _COUNTS.items():
-        found = [count for count in (_count(_at(wire, place), -1) for place in places) if count >= 0]
-        if found:  # the larger of two has more in it
-            counts[name] = min(found) if name in wholes else max(found)
+    for place, value in _members(wire):
+        name, count = _COUNT_AT.get(place), _count(value, -1)
+        if name and count >= 0:  # the larger of two has more in it
+            counts[name] = (min if name in wholes else max)(counts.get(name, count), count)
     extra = _count(wire.get("toolUsePromptTokenCount"))  # Gemini counts it beside the input
     if extra:
         counts["input"] = counts.get("input", 0) + extra
@@ -2211,11 +2212,14 @@ def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]
     return counts if money is None else {**counts, "cost": money}
 
 
-def _at(value: Any, place: str) -> Any:
-    """What stands at a place such as ``a.b``, or None"""
-    for name in place.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
+def _members(wire: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a usage has at which place, such as ``a.b``"""
+    for name, value in wire.items():
+        if isinstance(value, dict):
+            for inner, each in value.items():
+                yield f"{name}.{inner}", each
+        else:
+            yield name, value
 
 
 class _Part:
@@ -3043,33 +3047,34 @@ class _Gemini(Dialect):
             self.whole = self.whole or bool(blocked)
             refused = named._replace(finish_reason=blocked, finish="refusal")
             return [refused] if blocked else [named] if named.usage else []
-        error = next(filter(None, map(_reported_error, candidates)), None)
-        if error is not None:
-            self._failure = _stream_error(error)
-        parts = [list(map(_dict, _list(_dict(candidate.get("content")).get("parts")))) for candidate in candidates]
-        sent = [_count(candidate.get("index"), position) for position, candidate in enumerate(candidates)]
-        self._choices.note([(index, self._texts(said, False)) for index, said in zip(sent, parts)])
+        read = []
+        for position, candidate in enumerate(candidates):
+            error = _reported_error(candidate)
+            if error is not None and self._failure is None:
+                self._failure = _stream_error(error)
+            parts = [_dict(part) for part in _list(_dict(candidate.get("content")).get("parts"))]
+            texts: dict[bool, str] = {False: "", True: ""}  # of thoughts, or not
+            for part in parts:
+                texts[bool(part.get("thought"))] += _text(part.get("text"))
+            read.append((_count(candidate.get("index"), position), candidate, parts, texts))
+        self._choices.note([(sent, texts[False]) for sent, _, _, texts in read])
         chunks = [
-            self._candidate(candidate, said, named._replace(index=self._choices.index(index)))
-            for candidate, index, said in zip(candidates, sent, parts)
+            self._candidate(candidate, parts, self._choices.index(sent), texts, named)
+            for sent, candidate, parts, texts in read
         ]
         self.finished, self.whole = self._choices.finished, self._choices.whole
         return chunks
 
-    @staticmethod
-    def _texts(parts: list[dict[str, Any]], are_thoughts: bool) -> str:
-        return _texts(part for part in parts if bool(part.get("thought")) is are_thoughts)
-
-    def _candidate(self, candidate: dict[str, Any], parts: list[dict[str, Any]], named: Chunk) -> Chunk:
-        index = named.index
+    def _candidate(
+        self, candidate: dict[str, Any], parts: list[dict[str, Any]], index: int, texts: dict[bool, str], named: Chunk
+    ) -> Chunk:
         whole = self._whole.setdefault(index, _Parts())
         whole.extend(parts)
-        reason = _text(candidate.get("finishReason"))
-        chunk = named._replace(
-            text=self._texts(parts, False),
-            reasoning=self._texts(parts, True),
-            tool_calls=tuple(self._tool_calls(parts, self._calls.setdefault(index, {}))),
-        )
+        reason, known = _text(candidate.get("finishReason")), self._calls.setdefault(index, {})
+        calls: tuple[ToolCall, ...] = ()
+        if any("functionCall" in part for part in parts):
+            calls = tuple(self._tool_calls(parts, known))
+        chunk = named._replace(text=texts[False], reasoning=texts[True], tool_calls=calls, index=index)
         self._choices.end(index, reason, _says(chunk))
         self._token = candidate.get("continuationToken") or self._token
         if not reason:
@@ -3510,10 +3515,10 @@ class _Ollama(Dialect):
     def recognises(cls, payload: Mapping[str, Any]) -> bool:
         return "done" in payload
 
-    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+    def chunks(self, event: ServerSentEvent) -> list[Chunk]:
         payload = self.load(event)
         if payload is None:
-            return
+            return []
         error = _reported_error(payload, event.event == "error")
         if error is not None:
             raise _stream_error(error)
@@ -3522,7 +3527,7 @@ class _Ollama(Dialect):
         reasoning = _text(message.get("thinking")) or _text(payload.get("thinking"))
         if reasoning:
             self._thoughts.append(reasoning)
-        calls = tuple(self._tool_calls(message))
+        calls = tuple(self._tool_calls(message)) if "tool_calls" in message else ()
         chunk = Chunk(
             text=_text(message.get("content")) or _text(payload.get("response")),
             reasoning=reasoning,
@@ -3531,10 +3536,10 @@ class _Ollama(Dialect):
             raw=payload,
             model=_text(payload.get("model")),
         )
-        if payload.get("done") is True:
-            self.whole = self.done = True
-            chunk = self._finished(payload, chunk)
-        yield chunk
+        if payload.get("done") is not True:
+            return [chunk]
+        self.whole = self.done = True
+        return [self._finished(payload, chunk)]
 
     def _tool_calls(self, message: dict[str, Any]) -> Iterator[ToolCall]:
         for call in map(_dict, _list(message.get("tool_calls"))):
