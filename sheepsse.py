@@ -1911,7 +1911,8 @@ class _OpenAI(Dialect):
             self.whole = self.whole or self.done  # Snowflake sends no finish reason
             return []
         error, groq = None, _dict(payload["x_groq"]) if "x_groq" in payload else {}
-        if event.event == "error" or "type" in payload or not _ERROR_MEMBERS.isdisjoint(payload):
+        may_fail = event.event == "error" or "type" in payload or "choices" not in payload
+        if may_fail or not _ERROR_MEMBERS.isdisjoint(payload):
             error = _reported_error(payload, event.event == "error")
         if groq:
             error = error or _reported_error({"error": groq.get("error")})
@@ -3265,11 +3266,13 @@ class _Responses(Dialect):
             return False
         if self._number is not None and number > self._number + 1:
             raise StreamInterrupted(f"expected event {self._number + 1}, got {number}: what is between is lost")
+        if self._number is None or number > self._number:
+            self._number, self._last = number, payload
+            return False
         # one number for different events is a server's that does not count
-        repeated = self._number is not None and (number < self._number or self._without_padding(payload) == last)
-        if not repeated:
-            self._number, self._last = number, self._without_padding(payload)
-        return repeated
+        is_another = number == self._number and self._without_padding(payload) != self._without_padding(last)
+        self._last = payload if is_another else last
+        return not is_another
 
     @staticmethod
     def _without_padding(payload: dict[str, Any]) -> dict[str, Any]:
@@ -3669,9 +3672,9 @@ class _Reported:
         return not re.search(_LASTING, words) and re.search(_BUSY, f"{words} {self.message}") is not None
 
 
-#: what an event that reports an error has one of, where its name or its type does not say so
+#: what an event that reports an error has one of, where neither its name nor its type says so, nor that it is all
 _ERROR_MEMBERS = frozenset(
-    ("error", "errors", "error_message", "error_msg", "errorMessage", "message", "detail", "base_resp")
+    ("error", "errors", "error_message", "error_msg", "errorMessage", "detail", "base_resp")
     + ("code", "error_code", "errorCode", "status_code", "status", "statusCode")
     + ("http_code", "http_status", "raw_status_code")
 )
@@ -3691,7 +3694,8 @@ def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
         payload = payload[0] if payload else None
     if not isinstance(payload, dict):
         return _Reported(_text(payload)) if certain else None
-    if not certain and _ERROR_MEMBERS.isdisjoint(payload) and "error" not in _text(payload.get("type")):
+    may_be = any(map(payload.get, _ERROR_MEMBERS.intersection(payload))) or "error" in _text(payload.get("type"))
+    if not (certain or may_be or payload.get("object") == "error" or payload.keys() <= {"message", "request_id"}):
         return None
     error = _error_object(payload, certain)
     if error is None:
