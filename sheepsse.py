@@ -845,27 +845,11 @@ def _chunk_with(chunk: Chunk, field: str, text: str) -> Chunk:
 class _Text(bytearray):
     """A text that grows: one buffer takes a byte a letter, where a str for each piece would take 50 more"""
 
+    def add(self, piece: str) -> None:
+        self += piece.encode("utf-8", "surrogatepass")
+
     def __str__(self) -> str:
         return self.decode("utf-8", "surrogatepass")
-
-
-class _Pieces(List[str]):
-    """A text that grows, in pieces of which short ones are put together: a str takes 50 bytes beside its letters"""
-
-    _MANY = 100
-    _SHORT = 64
-    _done = 0  # pieces that stay as they are
-
-    def append(self, piece: str) -> None:
-        super().append(piece)
-        self._put_together()
-
-    def _put_together(self) -> None:
-        if len(self) - self._done >= self._MANY:
-            text = "".join(self[self._done :])
-            if len(text) < self._SHORT * (len(self) - self._done):
-                self[self._done :] = [text]
-            self._done = len(self)
 
 
 class _Answer:
@@ -2228,12 +2212,12 @@ class _Part:
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = dict(fields)
-        self._pieces: dict[str, _Pieces] = {}
+        self._texts: dict[str, _Text] = {}
         self._items: dict[str, list[Any]] = {}
 
     def append(self, name: str, piece: str) -> None:
         """More text of a field"""
-        self._pieces.setdefault(name, _Pieces()).append(piece)
+        self._texts.setdefault(name, _Text()).add(piece)
 
     def gather(self, name: str, item: Any) -> None:
         """One more item of a field that is a list"""
@@ -2241,7 +2225,7 @@ class _Part:
 
     def has_more(self, name: str) -> bool:
         """Whether text came for a field after its beginning"""
-        return any(self._pieces.get(name, ()))
+        return bool(self._texts.get(name))
 
     def update(self, fields: Mapping[str, Any]) -> None:
         self._fields.update(fields)
@@ -2251,7 +2235,7 @@ class _Part:
         return self._fields.get(name)
 
     def whole(self) -> dict[str, Any]:
-        texts = {name: _text(self._fields.get(name)) + "".join(pieces) for name, pieces in self._pieces.items()}
+        texts = {name: f"{_text(self._fields.get(name))}{more}" for name, more in self._texts.items()}
         lists = {name: [*_list(self._fields.get(name)), *items] for name, items in self._items.items()}
         return {**self._fields, **texts, **lists}
 
@@ -3137,7 +3121,7 @@ class _Responses(Dialect):
         self._thoughts: dict[Any, tuple[str, int]] = {}  # which kind of reasoning is returned, and which part of it
         self._items: dict[Any, dict[str, Any]] = {}
         self._open: Any = ""  # the item that the last event was of
-        self._said: dict[tuple[str, Any, int], _Pieces] = {}  # the texts that came, by kind, output_index and part
+        self._said: dict[tuple[str, Any, int], _Text] = {}  # the texts that came, by kind, output_index and part
         self.event_names = self.event_names.union(self._TERMINAL, (f"{kind}.delta" for kind in self._TEXTS))
 
     # Requests
@@ -3304,16 +3288,16 @@ class _Responses(Dialect):
         if field == "arguments" and call is None:
             return  # its item has them too
         place = (field if field == "arguments" else base, index, number)
-        pieces = self._said.setdefault(place, _Pieces())
+        said = self._said.setdefault(place, _Text())
         if is_whole:
-            text = _rest(text, "".join(pieces)) or ""
+            text = _rest(text, str(said)) or ""
         if not text:
             return
         if field == "arguments" and call is not None:
             text = call.take(text, is_text=base == "response.custom_tool_call_input") or ""
         if not text:
             return
-        pieces.append(text)
+        said.add(text)
         if field == "arguments" and call is not None:
             yield named._replace(tool_calls=(ToolCall(call.index, arguments=text),))
         elif field == "reasoning":
@@ -3348,7 +3332,7 @@ class _Responses(Dialect):
             yield from self._piece(f"response.{base}", index, 0, text, True, named)
             held = self._calls[index].end()
             if held:
-                self._said["arguments", index, 0].append(held)
+                self._said["arguments", index, 0].add(held)
                 yield named._replace(tool_calls=(ToolCall(self._calls[index].index, arguments=held),))
         else:
             content = list(map(_dict, _list(item.get("content"))))
@@ -3407,7 +3391,7 @@ class _Responses(Dialect):
         places = [place for place in self._said if self._TEXTS.get(place[0], ("", ""))[0] == field]
         if all(isinstance(index, int) for _, index, _ in places):
             places.sort(key=lambda place: place[1:])
-        return "".join(["".join(self._said[place]) for place in places])
+        return "".join([str(self._said[place]) for place in places])
 
     def _document(self, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """One response instead of a stream"""
