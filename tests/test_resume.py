@@ -87,6 +87,20 @@ CHAT_CASES = [
     replayed("anthropic", dialect="anthropic", answer=Answer(ids="numbers"), params=THINKING),
     replayed("anthropic tool", dialect="anthropic", answer=Answer(ids="numbers"), params={**THINKING, "tools": [TOOL]}),
     replayed("gemini", dialect="gemini", answer=Answer(ids="numbers")),
+    *(
+        replayed(
+            f"anthropic tool {replay}",
+            dialect="anthropic",
+            answer=Answer(ids="numbers"),
+            again={"replay": replay},
+            params={**THINKING, "tools": [TOOL]},
+        )
+        for replay in ("inclusive", "whole")
+    ),
+    *(
+        replayed(f"two choices {replay}", answer=Answer(ids="numbers"), again={"replay": replay}, params={"n": 2})
+        for replay in ("after", "inclusive", "whole")
+    ),
     replayed("background", dialect="openai-responses", params={"background": True}),
     replayed(
         "background inclusive",
