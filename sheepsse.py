@@ -6574,7 +6574,7 @@ class _Reading:
             for event in events:
                 if not (plan.is_plain or plan.place(event)):
                     continue
-                before, failure = len(queue), None
+                before = len(queue)
                 try:
                     for chunk in plan.dialect.read(event):
                         self.usage = chunk.usage or self.usage
@@ -6582,17 +6582,17 @@ class _Reading:
                             queue.append((chunk, [], self.usage))
                         else:
                             self._take(chunk, queue)
-                except SheepError as error:
-                    failure = error
-                is_given = failure is None or len(queue) > before
-                if is_given and event.event != "ping":
-                    if queue:
+                except SheepError:
+                    if len(queue) > before:  # what came of the event is given out: its server must not repeat it
                         queue[-1][1].append(event)
-                    else:
-                        self._marks.first = self._marks.first or event
-                        self._marks.recent.append(event)
-                if failure is not None:
-                    raise failure
+                    raise
+                if event.event == "ping":  # comes at other places the next time
+                    continue
+                if queue:
+                    queue[-1][1].append(event)
+                else:
+                    self._marks.first = self._marks.first or event
+                    self._marks.recent.append(event)
                 if plan.dialect.done:
                     break
             if not block or plan.dialect.done:
