@@ -2693,18 +2693,17 @@ class _Anthropic(Dialect):
             or (kind == "message" and "role" in payload)
         )
 
-    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+    def chunks(self, event: ServerSentEvent) -> list[Chunk]:
         payload = self.load(event)
         if payload is None:  # also [DONE], which some proxies send in place of message_stop
-            return
+            return []
         # a message is known by its type alone: any event without a name has this one
         kind = _text(payload.get("type")) or (event.event if event.event != "message" else "")
         error = _reported_error(payload, "error" in (kind, event.event))
         if error is not None:
             raise _stream_error(error)
         read = self._event_kinds.get(kind)
-        if read is not None:
-            yield from read(payload, Chunk(event_id=event.id or "", raw=payload))
+        return [] if read is None else list(read(payload, Chunk(event_id=event.id or "", raw=payload)))
 
     def _message_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         message = _dict(payload.get("message"))
@@ -3200,30 +3199,29 @@ class _Responses(Dialect):
             or payload.get("object") == "response"
         )
 
-    def chunks(self, event: ServerSentEvent) -> Iterator[Chunk]:
+    def chunks(self, event: ServerSentEvent) -> Iterable[Chunk]:
         payload = self.load(event)
         if payload is None:
-            return
+            return []
         kind = _text(payload.get("type")) or event.event
         is_known = kind.startswith("response.") or payload.get("object") == "response"
         stated = {"error": payload.get("error")} if is_known else payload
         error = _reported_error(stated, not is_known and "error" in (kind, event.event))
         if error is not None and kind not in self._TERMINAL and payload.get("object") != "response":
-            yield Chunk(event_id=event.id or "", raw=payload, finish_reason="failed", finish="other")
-            raise _stream_error(error)
+            self._failure = _stream_error(error)
+            return [Chunk(event_id=event.id or "", raw=payload, finish_reason="failed", finish="other")]
         if self._is_repeated(payload):
-            return
+            return []
         response = payload if payload.get("object") == "response" else _dict(payload.get("response"))
         named = Chunk(event_id=event.id or "", raw=payload)
         if response and not self._named:
             self._named = True
             named = named._replace(id=_text(response.get("id")), model=_text(response.get("model")))
         if response is payload:
-            yield from self._document(response, named)
-        elif kind in self._TERMINAL:
-            yield from self._ended(kind.rpartition(".")[2], {"error": payload.get("error"), **response}, named)
-        elif named.id or not response:
-            yield from self._part_of_answer(kind, payload, named)
+            return self._document(response, named)
+        if kind in self._TERMINAL:
+            return self._ended(kind.rpartition(".")[2], {"error": payload.get("error"), **response}, named)
+        return list(self._part_of_answer(kind, payload, named)) if named.id or not response else []
 
     @classmethod
     def job_url(cls, url: str, body: Mapping[str, Any], id: str, action: str = "") -> str:
