@@ -1133,8 +1133,6 @@ class SSEDecoder:
     the events before it have been given out; memory is bounded by that size. Belongs to one thread.
     """
 
-    #: whether a last event that lacks only its blank line is given out where the connection was lost
-    salvages = True
     _max_id_size: int | None = None
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE, last_event_id: str = "") -> None:
@@ -1281,8 +1279,7 @@ def _decoded(blocks: Iterable[bytes], decoder: SSEDecoder | _JSONDecoder) -> Ite
     failure: list[SheepError] = []
     for block in _until_failure(blocks, failure):
         yield from decoder.feed(block)
-    if decoder.salvages or not failure:
-        yield from decoder.flush()
+    yield from decoder.flush()
     if failure:
         raise failure[0]
 
@@ -1312,7 +1309,6 @@ def iter_json_lines(
 class _JSONDecoder:
     """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
 
-    salvages = True
     #: what can change where a brace stands: a string's end or an escape inside it, else quotes and braces
     _IN_STRING = re.compile(rb'["\\]')
     _OUTSIDE = re.compile(rb'["{}]')
@@ -1410,7 +1406,6 @@ class _JSONDecoder:
 class _AnswerDecoder(SSEDecoder):
     """Reads also errors that are no event: in a field named ``error`` (llama.cpp), or as JSON without ``data:``"""
 
-    salvages = False  # its id may be what is missing, without which nobody knows where to go on
     _max_id_size = _MAX_ID_SIZE  # each event would carry it, and each reconnection send it
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:

@@ -125,6 +125,43 @@ def test_another_client_is_asked_after_a_200_until_a_piece_was_given_out(server)
         assert len(other.requests) == 1
 
 
+def test_half_a_character_at_the_end_is_given_out_as_a_replacement(server, client):
+    half = b'data: {"choices": [{"index": 0, "delta": {"content": "a\\ud83d"}, "finish_reason": "stop"}]}\n\n'
+    server.answer(Answer(events=[half, b"data: [DONE]\n\n"]))
+    assert "".join(client.stream("Go")) == "a\ufffd"
+
+
+def test_data_that_goes_on_behind_its_json_is_no_answer(server, client):
+    server.answer(Answer(events=[*chat_events(["Good"], finish=None, done=False), b'data: {"choices": []} {}\n\n']))
+    came, error = read(client.stream("Go", resume="never"))
+    assert (came, type(error)) == (["Good"], sheepsse.InvalidStreamError)
+
+
+def test_what_ends_events_after_the_answer_is_whole_loses_nothing():
+    def events():
+        yield sheepsse.ServerSentEvent(data='{"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}')
+        raise sheepsse.StreamInterrupted("the connection was lost")
+
+    assert sheepsse.collect(sheepsse.iter_chunks(events(), "openai", choices=1)).complete
+
+
+def test_a_read_time_out_below_all_measure_is_one(server, client):
+    server.answer(Answer(stall_after=1))
+    _, error = read(client.stream("Go", timeout=(30, 0.0001)))
+    assert type(error) is sheepsse.StreamTimeout
+    server.release()
+
+
+def test_an_event_that_is_new_amid_those_that_are_repeated_is_of_another_answer(server):
+    events = with_ids(chat_events(WORDS, finish=None, done=False))
+    server.answer(Answer(events=events, cut_after=len(events)))
+    server.default = Answer(events=[events[-3], events[-2].replace(b"id: ", b"id: x"), *events[-1:]])
+    with asking(server, retry=3) as client:
+        came, error = read(client.stream("Go", resume="replay"))
+    assert came == WORDS
+    assert "another answer" in str(error)
+
+
 # What a chunk costs
 
 
