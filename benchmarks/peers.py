@@ -156,7 +156,8 @@ class Sheepsse(Peer):
 
         dialect = {"responses": "openai-responses"}.get(scenario.dialect, scenario.dialect)
         base = self.origin + scenario.path + ("/v1" if scenario.dialect in ("openai", "responses") else "")
-        return sheepsse.Client(base_url=base, dialect=dialect, api_key="sk-benchmark", model="m")
+        limits = {"max_answer_size": 2**30}  # the longest text has 100 MB
+        return sheepsse.Client(base_url=base, dialect=dialect, api_key="sk-benchmark", model="m", **limits)
 
     def open(self, scenario: Scenario) -> Ask:
         client = self.client(scenario)
