@@ -262,9 +262,9 @@ def _shut_down(sock: Any) -> None:
     By a copy: SSLSocket.shutdown() would let the reader take ciphertext for text, and gevent and eventlet have sockets
     of their own. What is no socket (that of vcrpy) is left alone.
     """
-    sock = getattr(sock, "socket", sock)  # TLS inside TLS, pyOpenSSL
-    if hasattr(sock, "shutdown"):
-        with contextlib.suppress(OSError):  # not connected any more
+    with contextlib.suppress(OSError):  # not connected any more; a closed one of gevent raises it for any attribute
+        sock = getattr(sock, "socket", sock)  # TLS inside TLS, pyOpenSSL
+        if hasattr(sock, "shutdown"):
             with contextlib.closing(socket.socket(fileno=socket.dup(sock.fileno()))) as copied:
                 copied.shutdown(socket.SHUT_RDWR)
 
@@ -8461,6 +8461,7 @@ class _Call:
         """Lets go of all that is held; may be called again"""
         if self.clock.end is None and self.clock.start is not None:
             self.clock.end = time.monotonic()
+        self.wire.detach()
         if self.response is not None:
             self.response.close()
         if self._journal is not None:

@@ -405,3 +405,14 @@ def test_a_stream_is_cancelled_whose_connection_is_no_socket(server):
 
         with in_another_thread(cancel), pytest.raises(sheepsse.StreamCancelled):
             list(stream)
+
+
+def test_a_socket_that_raises_for_any_attribute_is_closed_already():
+    class Closed:  # as gevent's are
+        def __getattr__(self, name):
+            raise OSError(9, "Bad file descriptor")
+
+    wire = sheepsse._Wire()
+    wire.attach(Closed())
+    wire.end("closed")
+    assert wire.ended == "closed"
