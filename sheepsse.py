@@ -5993,6 +5993,14 @@ class _Plan:
     strategy = ""
     #: the word for it in Stream.continuity
     continuity = "single"
+    #: whether its request is billed as another one
+    is_billed = False
+    #: whether nothing of what was received before is used
+    is_fresh = False
+    #: whether its reader may go on after another loss
+    keeps_reader = True
+    #: whether progress before it frees it of the count of failures
+    resets_budget = False
     #: whether events and chunks need not be held against what was given
     is_plain = True
     #: what was given, as far as it is still to be repeated
@@ -6018,11 +6026,14 @@ def _new_dialect(request: _Request, ask: _Ask) -> Dialect:
     return request.dialect(request.dialect.choices_asked(ask.body or {}))
 
 
-def _replay(lost: _Lost) -> _Plan | None:
-    """The same generation again, from where it was lost: it is billed once"""
+def _replay(lost: _Lost) -> list[_Plan]:
+    """The same generation again, from where it was lost; the whole of it where its stream is gone. It is billed once"""
+    plans = [_streamed_again(lost) if lost.request.stream else None, _poll(lost)]
+    return [plan for plan in plans if plan is not None]
+
+
+def _streamed_again(lost: _Lost) -> _Plan | None:
     ask = lost.ask
-    if not lost.request.stream:
-        return _poll(lost)
     reader = lost.dialect or _new_dialect(lost.request, ask)
     given = lost.given if lost.dialect else _Given(lost.answer)
     url = lost.request.dialect.replay_url(ask.url, ask.body or {}, lost.answer.id, lost.dialect)
@@ -6043,7 +6054,7 @@ def _joins(reader: Dialect, answer: _Answer) -> bool:
 class _Repeated(_Plan):
     """The same generation, held against what was given unless its reader goes on"""
 
-    strategy, continuity, is_plain = "replay", "replayed", False
+    strategy, continuity, is_plain, resets_budget = "replay", "replayed", False, True
 
     def __init__(self, ask: _Ask, dialect: Dialect, answer: _Answer, given: _Given | None) -> None:
         super().__init__(ask, dialect)
@@ -6066,7 +6077,7 @@ class _Repeated(_Plan):
 class _Poll(_Repeated):
     """The whole of the same generation, where its stream cannot be had any more"""
 
-    strategy = "poll"
+    keeps_reader = resets_budget = False
 
 
 class _ByIds(_Repeated):
@@ -6124,26 +6135,26 @@ def _poll(lost: _Lost) -> _Plan | None:
 
 
 class _Restart(_Plan):
-    strategy, continuity = "restart", "restarted"
+    strategy, continuity, is_billed, is_fresh = "restart", "restarted", True, True
 
 
-def _restart(lost: _Lost) -> _Plan | None:
+def _restart(lost: _Lost) -> list[_Plan]:
     """The same request again, where nothing was given out"""
     if lost.answer.given or (lost.dialect is not None and lost.dialect.whole):
-        return None
-    return _Restart(lost.ask, _new_dialect(lost.request, lost.ask))
+        return []
+    return [_Restart(lost.ask, _new_dialect(lost.request, lost.ask))]
 
 
-def _verify(lost: _Lost) -> _Plan | None:
+def _verify(lost: _Lost) -> list[_Plan]:
     """The same request again, whose answer must begin as this one did"""
     again = _new_dialect(lost.request, lost.ask)
-    return None if again.choices > 1 else _Verified(lost.ask, again, lost.answer)
+    return [] if again.choices > 1 else [_Verified(lost.ask, again, lost.answer)]
 
 
 class _Verified(_Plan):
     """Another generation that begins as what was given"""
 
-    strategy, continuity, is_plain = "verify", "verified", False
+    strategy, continuity, is_plain, is_billed, keeps_reader = "verify", "verified", False, True, False
 
     def __init__(self, ask: _Ask, dialect: Dialect, answer: _Answer) -> None:
         super().__init__(ask, dialect)
@@ -6316,17 +6327,15 @@ _CONTINUATIONS = {
 }
 
 
-def _continue(lost: _Lost) -> _Plan | None:
+def _continue(lost: _Lost) -> list[_Plan]:
     """The provider goes on with the text as it was received"""
     rule = _CONTINUATIONS.get(lost.continuation)
     if rule is None or not _is_text_alone(lost):
-        return None
+        return []
     text = str(lost.answer.text)
     kept = text.rstrip() if rule.strips else text
     request = rule.request(_lowered(lost), kept)
-    if request is None:
-        return None
-    return _Continued(request, lost.answer, text[len(kept) :], rule.echoes)
+    return [] if request is None else [_Continued(request, lost.answer, text[len(kept) :], rule.echoes)]
 
 
 def _lowered(lost: _Lost) -> _Request:
@@ -6351,7 +6360,7 @@ _ECHO, _UNEXPECTED_ECHO = 4, 12
 class _GoingOn(_Plan):
     """Another generation that goes on with what was given, which its usage counts too"""
 
-    strategy, continuity, is_plain = "continue", "continued", False
+    strategy, continuity, is_plain, is_billed, keeps_reader = "continue", "continued", False, True, False
 
     def __init__(self, request: _Request, answer: _Answer) -> None:
         ask = request.ask()
@@ -6440,14 +6449,14 @@ def _from_position(chunks: Iterable[Chunk], position: int) -> list[Chunk]:
 _ANCHOR, _PROOF = 40, 8
 
 
-def _anchor(lost: _Lost) -> _Plan | None:
+def _anchor(lost: _Lost) -> list[_Plan]:
     """The model is told that its answer was cut, and to repeat its last words before it goes on"""
     if not _is_text_alone(lost):
-        return None
+        return []
     tail = str(lost.answer.text)[-2 * _ANCHOR :]
     tail = tail[tail.rfind(" ", 0, max(0, len(tail) - _ANCHOR)) + 1 :]  # from the beginning of a word
     if len(_squeezed(tail)) < _PROOF:
-        return None
+        return []
     said = {"role": "assistant", "content": str(lost.answer.text)}
     told = {
         "role": "user",
@@ -6457,7 +6466,7 @@ def _anchor(lost: _Lost) -> _Plan | None:
             "and repeat nothing else."
         ),
     }
-    return _Anchored(_lowered(lost).and_then(said, told), lost.answer, tail)
+    return [_Anchored(_lowered(lost).and_then(said, told), lost.answer, tail)]
 
 
 class _Anchored(_GoingOn):
@@ -6493,7 +6502,8 @@ class _Anchored(_GoingOn):
         return ()
 
 
-_STRATEGIES: dict[str, Callable[[_Lost], _Plan | None]] = {
+#: each gives the plans to try, in their order
+_STRATEGIES: dict[str, Callable[[_Lost], list[_Plan]]] = {
     "replay": _replay,
     "restart": _restart,
     "continue": _continue,
@@ -7384,16 +7394,18 @@ def replay(path: str | os.PathLike[str]) -> Iterator[Chunk]:
 # ============================================================================================================
 # Read here to see in what order things happen in a call.
 #
-# Client checks its options once and makes a Stream of a _Call; other clients, and the same without streaming, stand by
-# as _Spares until something was given out. The first next() opens the stream (start):
+# A Client checks its options once and makes a Stream with a _Sender. The senders of other clients, and one that
+# requests the answer in one piece, stand by until something was returned. The first next() opens the Stream (_open):
 #
 #   a checkpoint that is whole answers; else a slot of the limiter and leave of the breaker are waited for (_admit);
-#   the request is sent, and again where the policy allows it (_connect, _request, _back_off).
+#   the _Sender sends the request, and again where the policy allows it, until a response of success is there (send).
 #
-# Then next() of the call takes one chunk from the queue, adds it to the answer, notes its event, writes it to the
-# journal, and gives it out. Where the queue is empty _fill turns the loop until there is one: each turn reads a block
-# (_Reading.turn). _fill is the one place that handles a loss: what came before it is given out first, then resume()
-# chooses a plan and opens it, or raises. cancel() and close() end the wire, which wakes whoever waits on it.
+# Then _next takes one chunk from the queue, adds it to the answer, notes its event, writes it to the journal, and
+# returns it. Where the queue is empty, _fill turns the loop until there is one: each turn reads a block
+# (_Reading.turn). _fill is the one place that handles a loss: what came before it is returned first. Then _resume
+# opens the first plan that works (_tried), or raises. A _Sender knows nothing of answers.
+#
+# cancel() and close() end the _Wire, which wakes whoever waits on it; all connections of a Stream use the same one.
 
 
 class Provider(NamedTuple):
@@ -7478,33 +7490,19 @@ _KEY_STAND_INS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api
 _PLACEHOLDER = r"(?is)\s*|your[_-].*|<.*>|changeme"
 
 
-class _Target:
-    """Who is asked: the result of all that names a provider"""
+class _Target(NamedTuple):
+    """Where requests go: the result of all that names a provider"""
 
-    def __init__(
-        self,
-        provider: str | None,
-        base_url: str,
-        dialect: type[Dialect],
-        key_headers: dict[str, str],
-        check_url: str,
-        continuation: str,
-    ) -> None:
-        #: its name in PROVIDERS, if it is there
-        self.provider = provider
-        self.base_url = base_url
-        self.dialect = dialect
-        #: the headers that carry the key
-        self.key_headers = key_headers
-        #: where ``check`` asks
-        self.check_url = check_url
-        #: how the provider goes on with a partial answer, or ""
-        self.continuation = continuation
-
-    @property
-    def auth(self) -> _KeyAuth | None:
-        """What puts the key into a request"""
-        return _KeyAuth(self.key_headers) if self.key_headers else None
+    #: its name in PROVIDERS, if it is there
+    provider: str | None
+    base_url: str
+    dialect: type[Dialect]
+    #: the headers that carry the key
+    key_headers: Mapping[str, str]
+    #: where ``check`` asks
+    check_url: str
+    #: how the provider goes on with a partial answer, or ""
+    continuation: str
 
 
 @functools.lru_cache(256)  # which base URL is whose is asked for each call
@@ -7718,9 +7716,8 @@ def _as_retry(retry: Retry | int) -> Retry:
 
 
 class _Terms(NamedTuple):
-    """What a single call is given beside its request"""
+    """The options of one call that no client has"""
 
-    stream: bool
     deadline: float | None = None
     on_retry: Callable[[SheepError, int, float], object] | None = None
     checkpoint: Any = None
@@ -7730,7 +7727,7 @@ class _Terms(NamedTuple):
     alignment: TokenAlignment | None = None
 
     def checked(self) -> _Terms:
-        """The same in the types that a call takes; errors for what is none of them"""
+        """Coerce the options to the types that a Stream takes; raise for others"""
         if self.checkpoint is not None and self.resume_from is not None:
             raise ValueError("a checkpoint knows where it was lost: pass it, or resume_from, not both")
         return self._replace(
@@ -7748,738 +7745,193 @@ _USAGE_WAIT = 5.0
 _DRAIN_TIME = 0.05
 
 
-class _Call:
-    """One call: its request, its wire, what came of it. What the generators of a Stream refer to, and own"""
+def _is_late(wire: _Wire, after: float = 0.0) -> bool:
+    """Whether the deadline of a call has passed, or will have passed after so many seconds"""
+    return wire.deadline is not None and time.monotonic() + after >= wire.deadline
+
+
+class _Sender:
+    """Sends the requests of one client for one Stream, with retries. Knows nothing of answers, and of no Stream"""
 
     def __init__(
-        self,
-        client: Client,
-        target: _Target,
-        request: _Request,
-        options: _CallOptions,
-        terms: _Terms,
-        refusing: set[str],
-        owned: bool,
+        self, client: Client, target: _Target, request: _Request, options: _CallOptions, terms: _Terms, is_owned: bool
     ) -> None:
-        point = terms.resume_from
-        self.answer, events = (_Answer(), []) if point is None else _Answer.at(point)
-        self.clock = _Clock()
-        self.attempts = 0
-        self.reconnects = 0
-        self.continuity = "single"
-        #: what each generation that was asked for took, None where its provider has not said
-        self.usages: list[Usage | None] = []
+        self.client, self.target, self.request, self.options = client, target, request, options
+        #: whether the client ends with the Stream
+        self.is_owned = is_owned
+        #: whether it requests the answer in one piece, where there is no stream
+        self.is_fallback = False
+        #: the first request
+        self.ask = request.ask()
+        self.alignment: _Alignment | None = None
+        if terms.alignment is not None and terms.alignment.mode != "none":
+            self.alignment = _Alignment(terms.alignment, request.messages, request.model)
+        self.where = _public_url(self.ask.url)
+        self.origin = _split_url(self.ask.url).netloc.rpartition("@")[2]
         self.response: requests.Response | None = None
         given_id = next((value for name, value in options.headers.items() if name.lower() == "x-request-id"), None)
+        #: the X-Request-ID that is sent, and the provider's id where there is one
         self.own_request_id = self.request_id = given_id or _new_request_id()
-        self.wire = _Wire(options.timeout[1])
-        self.request = request
-        self._client = client
-        self._target = target
-        self._options = options
-        self._terms = terms
-        self._refusing = refusing
-        self._owned = owned
-        self._failures = 0
-        self._progress = False  # whether this connection has brought a piece of the answer
-        self._answered_at = 0.0
-        self._came_at = time.monotonic()  # the last chunk, or the beginning
-        self._plain = False  # whether this call does without what the dialect asks for beside the caller's own
-        self._whole = False  # whether only the usage, or the end marker, may still come
-        self._untold = False  # whether this caller has been given nothing yet of what a checkpoint holds
-        self._journal: _Journal | None = None
-        self.cached = False  # whether the answer is a checkpoint's
-        self.has_spare = False  # whether another call stands by
-        self._given_up = False
-        self._slot = contextlib.ExitStack()  # of the limiter, as long as it is held
-        self._has_slot = False
-        self._was_asked = False  # whether the provider was asked for anything
-        self._passage: _Passage | None = None  # through the breaker
-        self._alignment: _Alignment | None = None
-        if terms.alignment is not None and terms.alignment.mode != "none":
-            self._alignment = _Alignment(terms.alignment, request.messages, request.model)
-        self._asked = self._ask = request.ask()  # at first, and as it stands
-        self._marks = _Marks(events)
-        self._queue: collections.deque[_Came] = collections.deque()
-        self._failure: SheepError | None = None  # of the stream, behind what is in the queue
-        self._reading: _Reading | None = None  # None where there is no more to read
-        self._is_awaited = False  # whether the time for the next chunk begins anew
-        self._saved: collections.deque[Chunk] | None = None  # what a checkpoint holds, to be given out first
-        self._is_idle_awaited = False  # whether it is idle_timeout that is waited for
-        self._is_event_whole = False  # whether nothing is left of the event of the last chunk
-        self._waited = 0.0  # for the chunk that is given out next
-        self._plan = self._first_plan()
-        self._where = _public_url(self._ask.url)
-        self._origin = _split_url(self._ask.url).netloc.rpartition("@")[2]
+        #: requests sent
+        self.attempts = 0
+        #: failures without progress
+        self.failures = 0
+        #: whether a piece of the answer was returned since the last failure
+        self.has_progress = False
         self._secrets = client._secrets(target)
 
-    def _first_plan(self) -> _Plan:
-        """What there is before anything is lost"""
-        return _Plan(self._asked, _new_dialect(self.request, self._asked))
+    def stands_in_for(self, other: _Sender, error: SheepError) -> bool:
+        """Whether this one may succeed where another failed with the error"""
+        if isinstance(error, (QueueFullError, QueueTimeoutError)) and self.has_limiter_of(other):
+            return False
+        return _may_do_without_stream(error) if self.is_fallback else _may_go_elsewhere(error)
 
-    # Sending
-
-    def start(self) -> None:
-        """Gets the first response whose body may be read"""
-        self.wire.begin_process()
-        self._came_at = time.monotonic()
-        if self.clock.start is None:
-            self.clock.start = self._came_at
-        if self._terms.deadline is not None:
-            self.wire.deadline = self.clock.start + self._terms.deadline
-        begun = self._terms.resume_from is not None
-        self._whole = begun and self._is_finished
-        if self._terms.checkpoint is not None:
-            self._journal = self._terms.checkpoint.open(self._request_key(), self._terms.refresh)
-        if self._journal is None or not self._journal.complete:
-            self._admit()
-        if self._journal is not None:
-            self._take_up(self._journal)
-            begun = self._untold
-        if not (self._whole or (begun and self._went_on_from_elsewhere(self._terms.resume))):
-            self._begin()
-
-    def _admit(self) -> None:
-        """Waits for a slot of the limiter, and for leave of the breaker, before anything is sent"""
-        limiter, breaker = self._options.limiter, self._options.breaker
-        if breaker is not None and self._passage is None:
-            breaker.check()  # there is no use in waiting
-        if limiter is not None and not self._has_slot:
-            self._slot.enter_context(self._slot_of(limiter))
-            self._has_slot = True
-        if breaker is not None and self._passage is None:
-            self._passage = breaker.enter()
-
-    def _slot_of(self, limiter: Any) -> ContextManager[object]:
-        if isinstance(limiter, Limiter):
-            limiter = limiter.bind()
-        if not isinstance(limiter, _BoundLimiter):
-            slot: ContextManager[object] = limiter.acquire()
-            return slot
-        deadline = self.wire.deadline
-        timeout = None if deadline is None else deadline - time.monotonic()
-        try:
-            return limiter.limiter._acquire(
-                limiter.priority,
-                limiter.user,
-                limiter.on_position,
-                timeout=timeout,
-                bell=self.wire.wake,
-                check=self._check_not_ended,
-                origin=self._origin,
-            )
-        except QueueTimeoutError as error:
-            if not self.is_late:
-                raise
-            raise StreamTimeout("the deadline of the call has passed, waiting for a slot of the limiter") from error
-
-    def tell_place(self, told: Callable[[int], object]) -> None:
-        """Has the place in the queue told, while it waits for a slot"""
-        limiter = self._options.limiter
-        if isinstance(limiter, Limiter):
-            limiter = limiter.bind()
-        if isinstance(limiter, _BoundLimiter):
-            others = [limiter.on_position] if limiter.on_position else []
-            limiter = limiter._replace(on_position=lambda place: [each(place) for each in (told, *others)])
-            self._options = self._options._replace(limiter=limiter)
-
-    def _check_not_ended(self) -> None:
-        if self.wire.ended:
-            raise self._judged(StreamInterrupted("ended before it was sent"))
-
-    def end_passage(self, success: bool | None) -> None:
-        """Tells the breaker how the call ended; the first that is said counts"""
-        if self._passage is not None:
-            self._passage.end(success)
-
-    def outcome(self, error: SheepError) -> bool | None:
-        """What an error says of the provider; None where it was not asked, or the caller's own deadline has passed"""
-        return None if not self._was_asked or self.is_late else _was_success(error)
+    def has_limiter_of(self, other: _Sender) -> bool:
+        return _unbound(self.options.limiter) is _unbound(other.options.limiter)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether a checkpoint holds the whole answer"""
-        checkpoint = self._terms.checkpoint
-        return checkpoint is not None and not self._terms.refresh and checkpoint.is_complete(self._request_key())
-
-    @property
-    def goes_on_from_elsewhere(self) -> bool:
-        """Whether its caller has been given a part of the answer before"""
-        return self._terms.resume_from is not None
-
-    def may_follow(self, other: _Call, error: SheepError) -> bool:
-        """Whether it is another way: not to the queue that has refused already"""
-        is_refused = isinstance(error, (QueueFullError, QueueTimeoutError))
-        return not is_refused or _unbound(self._options.limiter) is not _unbound(other._options.limiter)
-
-    def follow(self, other: _Call, error: SheepError) -> None:
-        """Goes on for another call, which got no answer: with its slot, and its passage, where they are of use"""
-        self.clock.start, self.attempts = other.clock.start, other.attempts
-        self.own_request_id = self.request_id = other.own_request_id
-        if _unbound(self._options.limiter) is _unbound(other._options.limiter):
-            self._slot, self._has_slot = other._slot.pop_all(), other._has_slot
-        if self._options.breaker is other._options.breaker:
-            self._passage, other._passage = other._passage, None
-        else:
-            other.end_passage(other.outcome(error))
-
-    def _request_key(self) -> str:
+    def checkpoint_key(self) -> str:
+        """The hash of the request, by which a checkpoint finds its answer"""
         request = self.request
-        body = {name: value for name, value in (self._ask.body or {}).items() if name != "stream"}
+        body = {name: value for name, value in (self.ask.body or {}).items() if name != "stream"}
         return _request_key([request.dialect.name, _url_without_keys(request.base_url), request.model, body])
 
-    def _take_up(self, journal: _Journal) -> None:
-        """Takes what a checkpoint holds for what was received"""
-        for chunk in journal.chunks:
-            self.answer.add(chunk)
-        marks = _marks_of([chunk.event_id for chunk in journal.chunks])
-        if marks:
-            self._marks = _Marks(marks)
-        self.continuity = journal.continuity
-        self._untold = bool(journal.chunks)
-        self._whole = journal.complete or self._is_finished
-        if self._whole and not journal.complete and not self._went_on_for_usage():
-            journal.finish()
-        self.cached = journal.complete
+    def send(
+        self, ask: _Ask, wire: _Wire, lost: SheepError | None = None, retries_time_outs: bool = True
+    ) -> requests.Response:
+        """Return a response whose body may be read, after as many requests as the policy allows
 
-    @property
-    def _is_finished(self) -> bool:
-        """Whether an answer without its end marker lacks nothing but that, and perhaps its usage"""
-        return self._plan.dialect.choices == 1 and self.answer.settled and self.answer.finish not in (None, "other")
-
-    def _went_on_for_usage(self) -> bool:
-        """Whether there is a connection for the usage that a checkpoint lacks, where it is had for nothing"""
-        try:
-            allowed = self.answer.usage is None and "replay" in self._terms.resume
-            return allowed and self._went_on_from_elsewhere(("replay",))
-        except SheepError as error:
-            _log.debug("request %s: the usage is lost: %s", self.own_request_id, self._judged(error))
-            return False
-
-    def _begin(self) -> None:
-        """Opens the first connection for an answer of which nothing is to be used"""
-        if self.answer.given and self._journal is None:
-            raise StreamInterrupted("no strategy goes on from what was received before", retryable=False)
-        self._ask = self._asked
-        self._connect()
-        self.usages.append(None)
-        if self._untold and self._journal is not None:
-            _log.info("request %s: nothing goes on from what was saved, it is asked anew", self.own_request_id)
-            self._journal.restart()
-            self.continuity = "restarted"
-        self._untold = False
-        self.answer, self._marks = _Answer(), _Marks()
-        self._plan = self._first_plan()
-
-    def _went_on_from_elsewhere(self, names: Sequence[str]) -> bool:
-        """Whether there is a connection for an answer of which some was received before, by another call"""
-        ways = [name for name in names if name != "restart"]
-        return self._went_on(ways, self._state()._replace(dialect=None, given=None), None)
-
-    def _went_on(self, names: Sequence[str], state: _Lost, lost: SheepError | None) -> bool:
-        """Whether there is a connection to go on with, by the first of these strategies that is valid and taken"""
-        since = time.monotonic()
-        for name in names:
-            plan = _STRATEGIES[name](state)
-            if plan is not None and self._refusal(plan) not in self._refusing and self._opened(plan, lost):
-                self._taken(self._plan, since)
-                return True
-        return False
-
-    def _connect(self, lost: SheepError | None = None) -> None:
-        """Gets a response whose body may be read, after as many requests as the policy allows"""
-        error = lost
+        Waits first where ``lost`` is the failure of a connection before.
+        """
+        optional = self._optional(ask)
+        is_refused, error = False, lost
         while True:
             if error is not None:
-                self._back_off(error)
+                if isinstance(error, StreamTimeout) and not retries_time_outs:
+                    raise error
+                self._back_off(error, wire)
             try:
-                self.response = self._request()
-                return
+                response = self._accepted(ask, self._sent(ask, {} if is_refused else optional, wire), wire)
             except SheepError as failure:
-                error = self._judged(failure)
+                error = self.judged(failure, wire)
+                # a server may refuse what only sheepsse added: it is asked once more without, which is no retry
+                if not is_refused and error.status in (400, 422) and any(name in str(error) for name in optional):
+                    is_refused, error = True, None
+            else:
+                if is_refused:
+                    self.client._refusing.add(self.target.base_url)
+                return response
 
-    def _request(self) -> requests.Response:
-        try:
-            return self._answered(self._sent())
-        except InvalidRequestError as error:
-            if error.status not in (400, 422) or not any(name in str(error) for name in self._optional()):
-                raise
-        # the server refuses what only we asked for: it is asked once more without, which is no retry
-        self._plain = True
-        return self._answered(self._sent())
-
-    def _optional(self) -> dict[str, Any]:
-        """What the dialect asks for beside the caller's own, unless this server refused it before"""
-        if self._plain or self._target.base_url in self._refusing:
+    def _optional(self, ask: _Ask) -> dict[str, Any]:
+        """What the dialect adds to the caller's own, unless this server refused it before"""
+        if ask.body is None or self.target.base_url in self.client._refusing:
             return {}
-        body = self._ask.body
-        optional = self._target.dialect.optional(self.request.stream) if body is not None else {}
-        return {name: value for name, value in optional.items() if name not in (body or {})}
+        optional = self.target.dialect.optional(self.request.stream)
+        return {name: value for name, value in optional.items() if name not in ask.body}
 
-    def _sent(self) -> requests.Response:
-        """The answer to one request, whatever it says"""
-        if self.wire.ended:
+    def _sent(self, ask: _Ask, optional: Mapping[str, Any], wire: _Wire) -> requests.Response:
+        """The response to one request, whatever its status"""
+        if wire.ended:
             raise StreamInterrupted("ended before it was sent")
-        ask = self._ask
-        data = None if ask.body is None else _json_body({**ask.body, **self._optional()})
+        data = None if ask.body is None else _json_body({**ask.body, **optional})
         self.attempts += 1
-        self._was_asked = True
         where = _public_url(ask.url)
         _log.debug("request %s: %s %s, attempt %d", self.own_request_id, ask.method, where, self.attempts)
-        first = self._options.first_timeout
-        self.wire.expect(first, f"no chunk came for the first_timeout of {first} seconds")
+        first = self.options.first_timeout
+        wire.expect(first, f"no chunk came for the first_timeout of {first} seconds")
         headers: dict[str, Any] = {
             "Accept": "text/event-stream" if self.request.stream else "application/json",
             "Cache-Control": "no-cache",
             "Content-Type": "application/json",
             "User-Agent": f"sheepsse/{__version__} {requests.utils.default_user_agent()}",
             "X-Request-ID": self.own_request_id,
-            **self._target.dialect.headers,
+            **self.options.headers,
+            **ask.headers,
         }
-        return _send(
-            self._client._via(),
-            self.wire,
-            ask.method,
-            ask.url,
-            self._options.timeout[0],
-            data=data,
-            headers={**headers, **self._options.headers, **ask.headers},
-            auth=self._target.auth,
-            allow_redirects=False,
-            **self._client._request_options(),
-        )
+        return self.client._send(self.target, wire, ask.method, ask.url, self.options.timeout[0], headers, data)
 
-    def _answered(self, response: requests.Response) -> requests.Response:
-        """The response if it is a good one, else its error"""
+    def _accepted(self, ask: _Ask, response: requests.Response, wire: _Wire) -> requests.Response:
+        """The response where its status is a success; else its error is raised"""
         self._secrets.hide_response(response)
         self.response = response
-        headers = response.headers
+        headers, status = response.headers, response.status_code
         self.request_id = headers.get("x-request-id") or headers.get("request-id") or self.own_request_id
-        _log.debug("request %s: status %d", self.own_request_id, response.status_code)
-        if isinstance(self._options.limiter, (Limiter, _BoundLimiter)):
-            longest = self._options.retry.max_retry_after
-            self._options.limiter.heed(headers, response.status_code, origin=self._origin, longest=longest)
-        self._answered_at = time.monotonic()
-        if response.status_code == 204:
+        _log.debug("request %s: status %d", self.own_request_id, status)
+        if isinstance(self.options.limiter, (Limiter, _BoundLimiter)):
+            longest = self.options.retry.max_retry_after
+            self.options.limiter.heed(headers, status, origin=self.origin, longest=longest)
+        if status == 204:
             raise InvalidStreamError(
-                f"expected an answer from {self._where}, got status 204, which has none", status=204
+                f"expected an answer from {self.where}, got status 204, which has none", status=204
             )
-        if 200 <= response.status_code < 300:
-            if self.clock.answered is None:
-                self.clock.answered = self._answered_at
-            if self._plain:  # it was that which was refused: the client need not ask for it again
-                self._refusing.add(self._target.base_url)
+        if 200 <= status < 300:
             return response
         try:
-            body = _error_body(response, self.wire)
+            body = _error_body(response, wire)
         finally:
             response.close()
         # so that .text and .json() of the error's response work, though it is closed
         response._content = self._secrets.hide_bytes(body)
         response._content_consumed = True
-        proxy = _proxy_of(self._client._via(), self._ask.url, self._client._request_options())
-        where = self._where + (proxy and f" through the proxy {proxy}")
-        error = _status_error(response.status_code, headers, body, where)
+        proxy = _proxy_of(self.client._via(), ask.url, self.client._request_options())
+        error = _status_error(status, headers, body, self.where + (proxy and f" through the proxy {proxy}"))
         error.response, error.request = response, response.request
         raise error
 
-    def _back_off(self, error: SheepError) -> None:
+    def _back_off(self, error: SheepError, wire: _Wire) -> None:
         """Waits before the next request, or raises the error where there is to be none"""
-        retry = self._options.retry
-        if self.has_spare and isinstance(error, StreamTimeout) and not self.answer.given:
-            raise error  # another client need not wait for as long again
-        delay = retry.wait(error, self._failures + 1)
-        if delay is not None and self._progress and error.retry_after is None and retry.should_retry is None:
+        retry = self.options.retry
+        delay = retry.wait(error, self.failures + 1)
+        if delay is not None and self.has_progress and error.retry_after is None and retry.should_retry is None:
             delay = 0.0  # the first reconnect after progress is immediate
-        if delay is None or not self._in_time(delay):
+        if delay is None or _is_late(wire, delay):
             raise error
-        self._failures += 1
-        self._progress = False
-        self._pause(error, self._failures, delay)
+        self.failures += 1
+        self.has_progress = False
+        self.pause(error, self.failures, delay, wire)
 
-    def _pause(self, error: SheepError, attempt: int, delay: float) -> None:
-        retry = self._options.retry
+    def pause(self, error: SheepError, attempt: int, delay: float, wire: _Wire) -> None:
+        """Waits, and reports the retry; raises where the call is ended meanwhile"""
+        retry = self.options.retry
         if retry.on_retry:
             retry.on_retry(error, attempt, delay)
         _log.debug("request %s: %s; trying again in %.3f s", self.own_request_id, error.code, delay)
-        (retry.sleep_function or self.wire.pause)(delay)
-        if self.wire.ended:
-            raise self._judged(error)
+        (retry.sleep_function or wire.pause)(delay)
+        if wire.ended:
+            raise self.judged(error, wire)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether it was ended from outside, or must be"""
-        return self.wire.ended is not None or (self.wire.deadline is not None and self.is_late)
-
-    @property
-    def is_late(self) -> bool:
-        """Whether the deadline has passed"""
-        return not self._in_time(0)
-
-    def _in_time(self, delay: float) -> bool:
-        return self.wire.deadline is None or time.monotonic() + delay < self.wire.deadline
-
-    # Resuming
-
-    def resume(self, lost: SheepError) -> _Plan:
-        """Opens the next connection for a stream that was lost; raises the error where there is no way to go on"""
-        if self.wire.ended:
-            raise lost
-        if self._plan.dialect.pending:
-            return self._polled_again(lost)
-        last_try = self._failures + 1 >= self._options.retry.total
-        try:
-            if last_try and self._untold and isinstance(lost, StreamInterrupted) and lost.__cause__ is None:
-                raise lost  # that the server ended, again and again: the last request is not spent on more of it
-            return self._went_on_again(lost)
-        except StreamInterrupted as error:
-            if error is not lost or not self._untold or self._whole or self.is_late:
-                raise
-        return self._went_on_otherwise(lost)
-
-    def _went_on_again(self, lost: SheepError) -> _Plan:
-        """Goes on in the first way that there is; raises the error where there is none"""
-        if not lost.retryable:
-            raise lost
-        names = list(self._terms.resume)
-        if isinstance(lost, StreamError) and self.answer.finish_reason:  # it has ended: there is no more of it
-            names = [name for name in names if name != "replay"]
-        if len(self.usages) > self._options.retry.total:  # what is billed again is limited in all
-            names = [name for name in names if name == "replay"]
-        if self._went_on(names, self._state(), lost):
-            return self._plan
-        self._whole = self._whole or (self._is_finished and bool(self._terms.resume))
-        raise lost
-
-    def _went_on_otherwise(self, failed: SheepError) -> _Plan:
-        """Goes on from what a checkpoint holds in a way not tried yet, where one was in vain; at last, afresh"""
-        self._failures += 1
-        if self._failures > self._options.retry.total:
-            raise failed
-        _log.info("request %s: %s", self.own_request_id, failed)
-        names = self._terms.resume
-        tried = "replay" if self._plan.strategy == "poll" else self._plan.strategy
-        if not self._went_on_from_elsewhere(names[names.index(tried) + 1 :]):
-            self._begin()
-        return self._plan
-
-    def _state(self) -> _Lost:
-        reads_on = self._plan.strategy in ("", "replay", "restart")
-        return _Lost(
-            self.request,
-            self._asked,
-            self.answer.without_failure(),
-            self._plan.dialect if reads_on else None,
-            self._marks if reads_on else _Marks(),
-            self._target.continuation,
-            self._plan.given if reads_on else None,
-        )
-
-    def _opened(self, plan: _Plan, lost: SheepError | None, wait: bool = True) -> bool:
-        """Whether the server takes a plan; raises what no other plan could mend"""
-        if plan.strategy == "replay" and self._progress:
-            self._failures = 0
-        self._ask, self._plain = plan.ask, False
-        try:
-            self._connect(lost if wait else None)
-        except (InvalidRequestError, ModelNotFoundError) as refused:
-            _log.debug("request %s: %s refused: %s", self.own_request_id, plan.strategy, refused)
-            if plan.strategy == "replay":
-                poll = _poll(self._state())
-                return poll is not None and self._opened(poll, lost, wait=False)
-            if plan.strategy == "restart":
-                raise
-            self._refusing.add(self._refusal(plan))
-            return False
-        except (ConnectError, RateLimitError, ServerError, StreamTimeout) as failure:
-            if lost is None or failure is lost or not self.answer.given or self._untold or self.is_late:
-                raise
-            raise lost from failure
-        self._plan = plan
-        return True
-
-    def _refusal(self, plan: _Plan) -> str:
-        """What is remembered of a plan that a server refused"""
-        return f"{plan.strategy} {self.request.model} at {self._target.base_url}"
-
-    def _polled_again(self, lost: SheepError) -> _Plan:
-        """A job that is not done is asked for until it is, which costs nothing, within the limits"""
-        delay = self._options.retry.backoff(self.attempts)
-        limit = self._options.idle_timeout if self.answer.given else self._options.first_timeout
-        if limit is not None and time.monotonic() + delay - self._came_at > limit:
-            raise StreamTimeout(f"the response is not whole yet, and no chunk came for {limit} seconds") from lost
-        if not self._in_time(delay):
-            raise lost
-        self._pause(lost, self.attempts, delay)
-        plan = _poll(self._state())
-        if plan is None or not self._opened(plan, lost, wait=False):
-            raise lost
-        return self._plan
-
-    def _taken(self, plan: _Plan, since: float) -> None:
-        """Notes a way to go on that the server took"""
-        if plan.strategy not in ("replay", "poll"):
-            self.usages.append(None)
-            self._marks = _Marks()
-        if plan.strategy == "restart":
-            self.answer = _Answer()
-            self._plan = plan
-            if self._journal is not None:
-                self._journal.restart()
-        self.reconnects += 1
-        self.continuity = max(self.continuity, plan.continuity, key=_CONTINUITIES.index)
-        _log.info("request %s: the stream was lost, and goes on (%s)", self.own_request_id, plan.continuity)
-        if self._options.retry.on_reconnect:
-            self._options.retry.on_reconnect(self.attempts, time.monotonic() - since)
-
-    # Reading
-
-    def _begin_to_read(self) -> collections.deque[Chunk]:
-        """Begins, and gives what a checkpoint holds, once it is known that the answer goes on from there"""
-        if self.response is not None and not self.cached:
-            self._read(self._plan)
-        if self._untold:
-            self._fill()
-            self._untold = False
-        return collections.deque(self._journal.chunks if self._journal is not None else ())
-
-    def next(self) -> Chunk | None:
-        """The next chunk, None at the end of the answer"""
-        if self.wire.ended or (self.wire.deadline is not None and self.is_late and not self._is_whole):
-            raise self._judged(StreamTimeout("the deadline of the call has passed"))
-        if self._saved is None:
-            self._saved = self._begin_to_read()
-        if self._saved:
-            saved, self._is_event_whole = self._saved.popleft(), True
-            self.clock.note(saved, _says(saved), time.monotonic())
-            return saved
-        if not self._queue and not self._fill():
-            self._complete()
-            return None
-        chunk, events, usage = self._queue.popleft()
-        says = self.answer.add(chunk)
-        self.clock.note(chunk, says, self._came_at, self._waited)
-        self._waited, self._is_event_whole = 0.0, bool(events)
-        if events:
-            self._marks.first = self._marks.first or events[0]
-            self._marks.recent.extend(events)
-        if usage is not None:
-            self.usages[-1:] = [usage]
-        self._progress = self._progress or says
-        if says or chunk.finish_reason or self._plan.dialect.whole:  # else it is as good as a ping
-            self._is_awaited = True
-        if self.answer.size > self._options.max_answer_size:
-            raise StreamError(
-                f"the answer is larger than {self._options.max_answer_size} bytes: raise max_answer_size if so much "
-                "is meant",
-                retryable=False,
-            )
-        if self._journal is not None:
-            self._journal.note(self.continuity)
-            # where to go on after a kill is known of events with an id of their own alone
-            self._journal.append(chunk if self.has_own_id else chunk._replace(event_id=""))
-        if self._alignment is not None:
-            self._alignment.note(self.answer, self.clock.chunks)
-        return chunk
-
-    @property
-    def has_own_id(self) -> bool:
-        """Whether the chunk that was given last completes an event that has an id of its own"""
-        return self._is_event_whole and bool(self._marks.cursor)
-
-    @property
-    def _is_whole(self) -> bool:
-        is_left = any(_says(chunk) for chunk, _, _ in self._queue)
-        return self.cached or ((self._whole or self._plan.dialect.whole) and not is_left)
-
-    def _fill(self) -> bool:
-        """Reads until there is something in the queue; False at the end. The one place where a loss is handled"""
-        asked = time.monotonic()
-        while not self._queue:
-            reading, failure = self._reading, self._failure
-            if failure is None and reading is None:
-                return False
-            try:
-                if failure is not None:
-                    self._failure = None
-                    raise failure
-                assert reading is not None
-                if self._is_awaited:
-                    self._is_awaited = False
-                    if reading.plan.dialect.whole or not self._is_idle_awaited:
-                        self._expect(reading.plan.dialect.whole)
-                    elif self._options.idle_timeout is not None:
-                        self.wire.due = asked + self._options.idle_timeout
-                reading.turn(self._queue)
-                if reading.ended:
-                    self._end_reading(reading)
-            except SheepError as error:
-                self._lose(error if failure is not None or reading is None else self._lost(error, reading))
-            except BaseException:
-                self._let_go()
-                raise
-        self._came_at = time.monotonic()
-        self._waited = self._came_at - asked
-        return True
-
-    def _expect(self, is_whole: bool) -> None:
-        """Begins the time for the next chunk, or for the usage where the answer is whole"""
-        idle = self._options.idle_timeout
-        self._is_idle_awaited = not is_whole
-        if is_whole:
-            self.wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
-        else:
-            self.wire.expect(idle, f"no chunk came for the idle_timeout of {idle} seconds")
-
-    def _end_reading(self, reading: _Reading) -> None:
-        """The answer has ended, on this connection"""
-        if self.wire.ended:
-            raise StreamInterrupted("ended from outside")
-        if reading.plan.dialect.done:
-            self.wire.expect(_DRAIN_TIME, "the body did not end after its end marker")
-            reading.read_out()
-        elif reading.plan.dialect.lost and reading.usage is None and self.answer.usage is None:
-            self._whole = True
-            raise StreamInterrupted("the connection was lost between the answer and its usage")
-        if reading.usage is not None and not self._queue:
-            self.usages[-1:] = [reading.usage]
-        self._let_go()
-        reading.end(self._queue)
-
-    def _lost(self, error: SheepError, reading: _Reading) -> SheepError:
-        """What a failure to read on means"""
-        if reading.is_document and isinstance(error, StreamError) and not (self.answer.given or reading.said):
-            error = _refused_with_200(error)
-        self._let_go()
-        judged = self._judged(error)
-        judged.__cause__ = error.__cause__
-        return judged
-
-    def _let_go(self) -> None:
-        """Gives the connection back, or closes it"""
-        reading, self._reading = self._reading, None
-        self.wire.detach()
-        if reading is not None:
-            reading.response.close()
-
-    def _lose(self, error: SheepError) -> None:
-        """Goes on after a loss; but what came before it is given out first"""
-        if not self._queue:
-            self._go_on(error)
-            return
-        self._failure = error
-        for link in _chain(error):
-            link.__traceback__ = None  # whose frames hold the call, which would hold itself
-
-    def _go_on(self, lost: SheepError) -> None:
-        """Begins to read the next connection; raises the error where there is none"""
-        try:
-            plan = self.resume(lost)
-        except SheepError as error:
-            if not self._whole or self.wire.ended:
-                raise
-            _log.debug("request %s: the answer is whole, what follows it is lost: %s", self.own_request_id, error)
-        else:
-            self._read(plan)
-
-    def _read(self, plan: _Plan) -> None:
-        """Begins to read the connection that a plan has opened"""
-        response = self.response
-        assert response is not None
-        content_type = response.headers.get("Content-Type") or ""
-        is_document = _is_document(content_type)
-        is_bounded = is_document and _has_known_end(response)
-        body = _BodyDecoder(content_type, self._options.format, self._options.max_event_size, is_bounded)
-        blocks = _limited_blocks(response, self.wire)
-        self._reading = _Reading(plan, self._marks, response, blocks, body, is_document)
-        self._is_idle_awaited = False
-        if self.wire.due is not None:  # what the caller did since the answer began is not the server's time
-            self.wire.due += time.monotonic() - self._answered_at
-
-    def _complete(self) -> None:
-        """The answer is whole, and all of it was given out"""
-        if self._journal is not None and not self.cached:
-            self._journal.note(self.continuity)
-            self._journal.finish()
-        if self._alignment is not None:
-            self._align(self._alignment)
-        self.answer.complete = True
-        self.end_passage(True if self._was_asked else None)
-        self.close()
-
-    def _align(self, alignment: _Alignment, cut: bool = False) -> None:
-        self._alignment = None
-        self.answer.usage = alignment.aligned(self.answer, self._plan.dialect.choices, cut)
-        self.usages[-1:] = [self.answer.usage]
-
-    # Ending
-
-    def _judged(self, error: SheepError) -> SheepError:
-        """What an error means, without the key: a limit passed, or an end from outside, look like a lost connection"""
+    def judged(self, error: SheepError, wire: _Wire) -> SheepError:
+        """The error that a failure means, without the key: limits and ends from outside look like lost connections"""
         self._secrets.hide_error(error)
-        if self.wire.ended == "cancelled":
+        if wire.ended == "cancelled":
             return StreamCancelled("the stream was cancelled")
-        if self.wire.ended:
+        if wire.ended:
             return _StreamClosed()
-        overdue = self.wire.overdue()
+        overdue = wire.overdue()
         if overdue and isinstance(error, (StreamTimeout, StreamInterrupted, ConnectError)):
-            return StreamTimeout(f"{overdue}, asking {self._where}")
+            return StreamTimeout(f"{overdue}, asking {self.where}")
         return error
 
-    def failed(self, error: SheepError) -> None:
-        """Completes an error that goes to the caller"""
-        self.answer.complete = False
-        _set_partial(error, self.answer, self._marks.known)
+    def completed(self, error: SheepError) -> SheepError:
+        """The error with its ids, request and response, without the key"""
         error.request_id = error.request_id or self.request_id
         if error.response is None and self.response is not None:
             error.response, error.request = self.response, self.response.request
         self._secrets.hide_error(error)
-        if isinstance(error, StreamCancelled):
-            return
-        level = logging.WARNING if self.answer.given else logging.DEBUG
-        _log.log(level, "request %s: %s: %s", self.own_request_id, error.code, error)
-        if self._options.retry.on_give_up:
-            self._options.retry.on_give_up(error, self.attempts)
+        return error
 
-    def give_up(self) -> None:
+    def cancel_job(self, id: str) -> None:
         """Asks the service to end a job that nobody waits for any more; that it fails is only logged"""
-        url = self._target.dialect.job_url(self._asked.url, self._asked.body or {}, self.answer.id, "cancel")
-        if not url or self.answer.complete or self._given_up or not self.wire.is_own:
+        url = self.target.dialect.job_url(self.ask.url, self.ask.body or {}, id, "cancel")
+        if not url:
             return
-        self._given_up = True
         wire = _Wire(_GIVE_UP_TIME, deadline=_GIVE_UP_TIME)
-        headers = {"X-Request-ID": self.own_request_id, **self._target.dialect.headers, **self._options.headers}
-        auth = self._target.auth
+        headers = {"X-Request-ID": self.own_request_id, **self.options.headers}
         try:
-            options = {"headers": headers, "auth": auth, "allow_redirects": False, **self._client._request_options()}
-            _send(self._client._via(), wire, "POST", url, _GIVE_UP_TIME, **options).close()
+            self.client._send(self.target, wire, "POST", url, _GIVE_UP_TIME, headers).close()
         except SheepError as error:
             self._secrets.hide_error(error)
             _log.debug("request %s: the job could not be cancelled: %s", self.own_request_id, error)
-
-    def close(self) -> None:
-        """Lets go of all that is held; may be called again"""
-        if self.clock.end is None and self.clock.start is not None:
-            self.clock.end = time.monotonic()
-        self.wire.detach()
-        if self.response is not None:
-            self.response.close()
-        if self._journal is not None:
-            self._journal.close()
-        self._slot.close()
-        if self._alignment is not None and self.answer.given:
-            self._align(self._alignment, cut=True)
-        if self._owned:
-            self._client.close()
-
-    @property
-    def model(self) -> str:
-        return self.answer.model or self.request.model
-
-    def cost_of(self, usage: Usage | None) -> Decimal | None:
-        prices = self._options.prices or {}
-        price = prices.get(self.model) or prices.get(self.request.model)
-        return cost(usage, price, model=self.model, provider=self._target.provider)
 
 
 def _new_request_id() -> str:
@@ -8495,11 +7947,6 @@ def _json_body(body: Mapping[str, Any]) -> bytes:
         raise InvalidRequestError(f"the request cannot be written as JSON: {error}") from error
 
 
-def _is_document(content_type: str) -> bool:
-    """Whether an answer is one JSON document, by its Content-Type"""
-    return _media_type(content_type) == "application/json"
-
-
 def _refused_with_200(error: StreamError) -> InvalidStreamError:
     """The error for one JSON document that is an error: not a stream that failed, but no stream"""
     said = str(error).partition(": ")[2]
@@ -8511,12 +7958,8 @@ def _refused_with_200(error: StreamError) -> InvalidStreamError:
     )
 
 
-class _Spare(NamedTuple):
-    """A call in the place of one that got no answer"""
-
-    call: _Call
-    #: whether to make it after this error
-    stands_in_for: Callable[[SheepError], bool]
+def _both(first: Callable[[int], object], second: Callable[[int], object] | None) -> Callable[[int], object]:
+    return first if second is None else lambda place: (first(place), second(place))
 
 
 def _may_go_elsewhere(error: SheepError) -> bool:
@@ -8541,13 +7984,53 @@ class Stream:
     or made whole, with all that came in its ``partial``. Belongs to one thread, but for ``cancel`` and ``close``.
     """
 
-    def __init__(self, call: _Call, spares: Iterable[_Spare] = ()) -> None:
-        self._call = call
-        self._spares = list(spares)
+    # Nothing that a Stream owns refers to it: so a Stream that is dropped is freed at once
+
+    def __init__(self, senders: Sequence[_Sender], terms: _Terms, answer: _Answer, marks: _Marks) -> None:
+        self._spares = list(senders[1:])
+        self._terms = terms
+        self._wire = _Wire()  # one for all connections
+        self._lock = threading.Lock()  # held by the thread that reads
         self._is_open = False
-        self._ended = False
-        self._ending = ""  # why it was ended from outside
-        self._busy = threading.Lock()  # held by the thread that reads
+        self._is_over = False
+        self._is_given_up = False
+        self._attempts_before = 0  # by senders before this one
+        self._slot = contextlib.ExitStack()  # of the limiter, as long as it is held
+        self._has_slot = False
+        self._passage: _Passage | None = None  # through the breaker
+        self._use(senders[0], answer, marks)
+
+    def _use(self, sender: _Sender, answer: _Answer, marks: _Marks) -> None:
+        """Begins with a sender that has sent nothing yet"""
+        self._sender = sender
+        self._answer = answer
+        self._marks = marks
+        self._plan = self._first_plan()
+        self._alignment = sender.alignment
+        self._wire._read_timeout = sender.options.timeout[1]
+        self._clock = _Clock()
+        self._reconnects = 0
+        self._continuity = "single"
+        #: what each generation took that was requested, None where its provider has not said
+        self._usages: list[Usage | None] = []
+        self._journal: _Journal | None = None
+        self._is_cached = False  # whether the answer is a checkpoint's
+        self._saved: collections.deque[Chunk] | None = None  # what a checkpoint holds, to be returned first
+        self._is_untold = False  # whether nothing of what a checkpoint holds was returned yet
+        self._queue: collections.deque[_Came] = collections.deque()
+        self._failure: SheepError | None = None  # of the connection, behind what is in the queue
+        self._reading: _Reading | None = None  # None where there is no more to read
+        self._is_whole = False  # whether only the usage, or the end marker, may still come
+        self._is_event_whole = False  # whether nothing is left of the event of the last chunk
+        self._is_awaited = False  # whether the time for the next chunk begins anew
+        self._is_idle_awaited = False  # whether it is idle_timeout that is waited for
+        self._answered_at = 0.0
+        self._came_at = time.monotonic()  # the last chunk, or the beginning
+        self._waited = 0.0  # for the chunk that is returned next
+
+    def _first_plan(self) -> _Plan:
+        ask = self._sender.ask
+        return _Plan(ask, _new_dialect(self._sender.request, ask))
 
     def __iter__(self) -> Stream:
         return self
@@ -8568,79 +8051,560 @@ class Stream:
                 return
             yield chunk
 
-    def _took_a_spare(self, error: SheepError) -> bool:
-        failed = self._call
-        while self._spares and not (failed.clock.pieces or failed.is_over or failed.goes_on_from_elsewhere):
-            spare = self._spares.pop(0)
-            if not spare.stands_in_for(error) or not spare.call.may_follow(failed, error):
-                continue
-            _log.info("request %s: %s, another is asked: %s", failed.own_request_id, error.code, error)
-            spare.call.follow(failed, error)
-            self._call, self._is_open = spare.call, False
-            failed.close()
-            failed.end_passage(None)
-            if self._ending:  # meanwhile
-                spare.call.wire.end(self._ending)
-            return True
-        return False
-
-    def _open(self) -> None:
-        if not self._is_open and self._spares:
-            self._prefer_kept()
-        while not self._is_open:
-            self._call.has_spare = bool(self._spares)
-            try:
-                self._call.start()
-                self._is_open = True
-            except SheepError as error:
-                if not self._took_a_spare(error):
-                    raise
-
-    def _prefer_kept(self) -> None:
-        """An answer that is in a file already is given from there, whoever gave it"""
-        calls = [self._call, *(spare.call for spare in self._spares)]
-        self._call = next((call for call in calls if call.is_kept), self._call)
-
     def _read(self, is_to_open: bool = False) -> Chunk | None:
         """The next chunk, None at the end; whatever ends the stream lets go of the connection"""
-        if not self._busy.acquire(blocking=False):
-            if self._call.wire.ended:  # and the thread that ended it holds the lock
+        if not self._lock.acquire(blocking=False):
+            if self._wire.ended:  # and the thread that ended it holds the lock
                 return None
             raise RuntimeError("a Stream belongs to one thread; only cancel() and close() may come from others")
         try:
-            if self._is_open and self._call.wire.process != os.getpid():
+            if self._is_open and self._wire.process != os.getpid():
                 raise RuntimeError("this Stream was opened before a fork: the process that opened it reads it")
-            while not self._ended:
-                if not self._is_open:
-                    self._open()
-                if is_to_open:
-                    return None
+            while not self._is_over:
                 try:
-                    chunk = self._call.next()
+                    if not self._is_open:
+                        self._open()
+                    if is_to_open:
+                        return None
+                    chunk = self._next()
                 except SheepError as error:
-                    if not self._took_a_spare(error):  # which may do where nothing came yet
+                    if not self._took_a_spare(error):
                         raise
                     continue
-                self._ended = chunk is None
+                self._is_over = chunk is None
                 return chunk
             return None
         except _StreamClosed:
-            self._call.give_up()
+            self._give_up()
             self._finish()
             return None
         except SheepError as error:
-            self._call.end_passage(self._call.outcome(error))
-            if isinstance(error, StreamCancelled) or self._call.is_late:
-                self._call.give_up()
+            self._end_passage(self._outcome(error))
+            if isinstance(error, StreamCancelled) or _is_late(self._wire):
+                self._give_up()
             self._finish()
-            self._call.failed(error)
+            self._report(error)
             raise error.with_traceback(None)  # noqa: B904  # our functions on the way may hold a URL with a key
         except BaseException:
-            self._call.give_up()
+            self._give_up()
             self._finish()
             raise
         finally:
-            self._busy.release()
+            self._lock.release()
+
+    # Opening: a checkpoint, a slot, the first response
+
+    def _open(self) -> None:
+        """Gets the first response whose body may be read, or what a checkpoint holds"""
+        terms = self._terms
+        if self._spares and terms.checkpoint is not None and not terms.refresh:
+            # a whole answer that is in a file already is returned, whoever gave it
+            senders = [self._sender, *self._spares]
+            saved = (each for each in senders if terms.checkpoint.is_complete(each.checkpoint_key))
+            sender = next(saved, self._sender)
+            if sender is not self._sender:
+                self._use(sender, _Answer(), _Marks())
+        self._wire.begin_process()
+        self._came_at = time.monotonic()
+        if self._clock.start is None:
+            self._clock.start = self._came_at
+        if terms.deadline is not None:
+            self._wire.deadline = self._clock.start + terms.deadline
+        is_begun = terms.resume_from is not None
+        self._is_whole = is_begun and self._lacks_only_its_end
+        if terms.checkpoint is not None:
+            self._journal = terms.checkpoint.open(self._sender.checkpoint_key, terms.refresh)
+        if self._journal is None or not self._journal.complete:
+            self._admit()
+        if self._journal is not None:
+            self._load(self._journal)
+            is_begun = self._is_untold
+        if not (self._is_whole or (is_begun and self._resumed_from_elsewhere(terms.resume))):
+            self._begin()
+        self._is_open = True
+
+    def _admit(self) -> None:
+        """Waits for a slot of the limiter, and for leave of the breaker, before anything is sent"""
+        limiter, breaker = self._sender.options.limiter, self._sender.options.breaker
+        if breaker is not None and self._passage is None:
+            breaker.check()  # there is no use in waiting
+        if limiter is not None and not self._has_slot:
+            self._slot.enter_context(self._acquired(limiter))
+            self._has_slot = True
+        if breaker is not None and self._passage is None:
+            self._passage = breaker.enter()
+
+    def _acquired(self, limiter: Any) -> ContextManager[object]:
+        if isinstance(limiter, Limiter):
+            limiter = limiter.bind()
+        if not isinstance(limiter, _BoundLimiter):
+            slot: ContextManager[object] = limiter.acquire()
+            return slot
+        deadline = self._wire.deadline
+        try:
+            return limiter.limiter._acquire(
+                limiter.priority,
+                limiter.user,
+                limiter.on_position,
+                timeout=None if deadline is None else deadline - time.monotonic(),
+                bell=self._wire.wake,
+                check=self._check_not_ended,
+                origin=self._sender.origin,
+            )
+        except QueueTimeoutError as error:
+            if not _is_late(self._wire):
+                raise
+            raise StreamTimeout("the deadline of the call has passed, waiting for a slot of the limiter") from error
+
+    def _check_not_ended(self) -> None:
+        if self._wire.ended:
+            raise self._sender.judged(StreamInterrupted("ended before it was sent"), self._wire)
+
+    def _tell_place(self, told: Callable[[int], object]) -> None:
+        """Has the place in the queue of its Limiter told to somebody, who belongs to the thread that reads"""
+        for sender in (self._sender, *self._spares):
+            limiter = sender.options.limiter
+            if isinstance(limiter, Limiter):
+                limiter = limiter.bind()
+            if isinstance(limiter, _BoundLimiter):
+                limiter = limiter._replace(on_position=_both(told, limiter.on_position))
+                sender.options = sender.options._replace(limiter=limiter)
+
+    def _load(self, journal: _Journal) -> None:
+        """Takes what a checkpoint holds for what was received"""
+        for chunk in journal.chunks:
+            self._answer.add(chunk)
+        marks = _marks_of([chunk.event_id for chunk in journal.chunks])
+        if marks:
+            self._marks = _Marks(marks)
+        self._continuity = journal.continuity
+        self._is_untold = bool(journal.chunks)
+        self._is_whole = journal.complete or self._lacks_only_its_end
+        if self._is_whole and not journal.complete and not self._resumed_for_usage():
+            journal.finish()
+        self._is_cached = journal.complete
+
+    @property
+    def _lacks_only_its_end(self) -> bool:
+        """Whether an answer without its end marker lacks nothing but that, and perhaps its usage"""
+        return self._plan.dialect.choices == 1 and self._answer.settled and self._answer.finish not in (None, "other")
+
+    def _resumed_for_usage(self) -> bool:
+        """Whether there is a connection for the usage that a checkpoint lacks, where it is had for nothing"""
+        try:
+            is_allowed = self._answer.usage is None and "replay" in self._terms.resume
+            return is_allowed and self._resumed_from_elsewhere(("replay",))
+        except SheepError as error:
+            judged = self._sender.judged(error, self._wire)
+            _log.debug("request %s: the usage is lost: %s", self._sender.own_request_id, judged)
+            return False
+
+    def _begin(self) -> None:
+        """Opens the first connection for an answer of which nothing is to be used"""
+        if self._answer.given and self._journal is None:
+            raise StreamInterrupted("no strategy goes on from what was received before", retryable=False)
+        plan = self._first_plan()
+        self._connect(plan)
+        self._usages.append(None)
+        if self._is_untold and self._journal is not None:
+            own_id = self._sender.own_request_id
+            _log.info("request %s: nothing goes on from what was saved, it is asked anew", own_id)
+            self._journal.restart()
+            self._continuity = "restarted"
+        self._is_untold = False
+        self._answer, self._marks = _Answer(), _Marks()
+
+    def _connect(self, plan: _Plan, lost: SheepError | None = None) -> None:
+        """Opens the connection of a plan, after a failure that is waited for first"""
+        retries_time_outs = not self._spares or self._answer.given  # another client need not wait for as long again
+        self._sender.send(plan.ask, self._wire, lost, retries_time_outs)
+        self._answered_at = time.monotonic()
+        if self._clock.answered is None:
+            self._clock.answered = self._answered_at
+        self._plan = plan
+
+    def _took_a_spare(self, error: SheepError) -> bool:
+        """Whether another sender takes the place of one by which nothing was returned"""
+        failed = self._sender
+        is_ended = self._wire.ended or _is_late(self._wire)
+        if is_ended or self._clock.pieces or self._terms.resume_from is not None:
+            return False
+        spare = None
+        while self._spares and spare is None:
+            sender = self._spares.pop(0)
+            spare = sender if sender.stands_in_for(failed, error) else None
+        if spare is None:
+            return False
+        _log.info("request %s: %s, another is asked: %s", failed.own_request_id, error.code, error)
+        if not spare.has_limiter_of(failed):
+            self._slot.close()
+            self._has_slot = False
+        if spare.options.breaker is not failed.options.breaker:
+            self._end_passage(self._outcome(error))
+            self._passage = None
+        self._release()
+        self._attempts_before += failed.attempts
+        spare.own_request_id = spare.request_id = failed.own_request_id
+        start = self._clock.start
+        self._use(spare, _Answer(), _Marks())
+        self._clock.start = start
+        self._is_open = False
+        return True
+
+    # Reading
+
+    def _next(self) -> Chunk | None:
+        """The next chunk, None at the end of the answer"""
+        if self._wire.ended or (self._wire.deadline is not None and _is_late(self._wire) and not self._has_all):
+            raise self._sender.judged(StreamTimeout("the deadline of the call has passed"), self._wire)
+        if self._saved is None:
+            self._saved = self._begin_to_read()
+        if self._saved:
+            saved, self._is_event_whole = self._saved.popleft(), True
+            self._clock.note(saved, _says(saved), time.monotonic())
+            return saved
+        if not self._queue and not self._fill():
+            self._complete()
+            return None
+        chunk, events, usage = self._queue.popleft()
+        says = self._answer.add(chunk)
+        self._clock.note(chunk, says, self._came_at, self._waited)
+        self._waited, self._is_event_whole = 0.0, bool(events)
+        if events:
+            self._marks.first = self._marks.first or events[0]
+            self._marks.recent.extend(events)
+        if usage is not None:
+            self._usages[-1:] = [usage]
+        if says:
+            self._sender.has_progress = True
+        if says or chunk.finish_reason or self._plan.dialect.whole:  # else it is as good as a ping
+            self._is_awaited = True
+        if self._answer.size > self._sender.options.max_answer_size:
+            raise StreamError(
+                f"the answer is larger than {self._sender.options.max_answer_size} bytes: raise max_answer_size if so "
+                "much is meant",
+                retryable=False,
+            )
+        if self._journal is not None:
+            self._journal.note(self._continuity)
+            # where to go on after a kill is known of events with an id of their own alone
+            self._journal.append(chunk if self._has_own_id else chunk._replace(event_id=""))
+        if self._alignment is not None:
+            self._alignment.note(self._answer, self._clock.chunks)
+        return chunk
+
+    @property
+    def _has_own_id(self) -> bool:
+        """Whether the chunk that was returned last completes an event that has an id of its own"""
+        return self._is_event_whole and bool(self._marks.cursor)
+
+    @property
+    def _has_all(self) -> bool:
+        """Whether the answer is whole, and nothing of it is in the queue"""
+        if self._is_cached:
+            return True
+        return (self._is_whole or self._plan.dialect.whole) and not any(_says(chunk) for chunk, _, _ in self._queue)
+
+    def _begin_to_read(self) -> collections.deque[Chunk]:
+        """Begins, and gives what a checkpoint holds, once it is known that the answer goes on from there"""
+        if self._sender.response is not None and not self._is_cached:
+            self._read_on()
+        if self._is_untold:
+            self._fill()
+            self._is_untold = False
+        return collections.deque(self._journal.chunks if self._journal is not None else ())
+
+    def _read_on(self) -> None:
+        """Begins to read the connection that was opened last"""
+        response, options = self._sender.response, self._sender.options
+        assert response is not None
+        content_type = response.headers.get("Content-Type") or ""
+        is_document = _media_type(content_type) == "application/json"
+        is_bounded = is_document and _has_known_end(response)
+        body = _BodyDecoder(content_type, options.format, options.max_event_size, is_bounded)
+        blocks = _limited_blocks(response, self._wire)
+        self._reading = _Reading(self._plan, self._marks, response, blocks, body, is_document)
+        self._is_idle_awaited = False
+        if self._wire.due is not None:  # what the caller did since the answer began is not the server's time
+            self._wire.due += time.monotonic() - self._answered_at
+
+    def _fill(self) -> bool:
+        """Reads until there is something in the queue; False at the end. The one place where a loss is handled"""
+        asked = time.monotonic()
+        while not self._queue:
+            reading, failure = self._reading, self._failure
+            if failure is None and reading is None:
+                return False
+            try:
+                if failure is not None:
+                    self._failure = None
+                    raise failure
+                assert reading is not None
+                if self._is_awaited:
+                    self._is_awaited = False
+                    if reading.plan.dialect.whole or not self._is_idle_awaited:
+                        self._expect(reading.plan.dialect.whole)
+                    elif self._sender.options.idle_timeout is not None:
+                        self._wire.due = asked + self._sender.options.idle_timeout
+                reading.turn(self._queue)
+                if reading.ended:
+                    self._end_reading(reading)
+            except SheepError as error:
+                if failure is None and reading is not None:
+                    error = self._lost(error, reading)
+                if not self._queue:
+                    self._go_on(error)
+                    continue
+                # what came before the loss is returned first
+                self._failure = error
+                for link in _chain(error):
+                    link.__traceback__ = None  # whose frames hold the Stream, which would hold itself
+            except BaseException:
+                self._let_go()
+                raise
+        self._came_at = time.monotonic()
+        self._waited = self._came_at - asked
+        return True
+
+    def _expect(self, is_whole: bool) -> None:
+        """Begins the time for the next chunk, or for the usage where the answer is whole"""
+        idle = self._sender.options.idle_timeout
+        self._is_idle_awaited = not is_whole
+        if is_whole:
+            self._wire.expect(min(_USAGE_WAIT, _USAGE_WAIT if idle is None else idle), "no usage came")
+        else:
+            self._wire.expect(idle, f"no chunk came for the idle_timeout of {idle} seconds")
+
+    def _end_reading(self, reading: _Reading) -> None:
+        """The answer has ended, on this connection"""
+        if self._wire.ended:
+            raise StreamInterrupted("ended from outside")
+        if reading.plan.dialect.done:
+            self._wire.expect(_DRAIN_TIME, "the body did not end after its end marker")
+            reading.read_out()
+        elif reading.plan.dialect.lost and reading.usage is None and self._answer.usage is None:
+            self._is_whole = True
+            raise StreamInterrupted("the connection was lost between the answer and its usage")
+        if reading.usage is not None and not self._queue:
+            self._usages[-1:] = [reading.usage]
+        self._let_go()
+        reading.end(self._queue)
+
+    def _let_go(self) -> None:
+        """Gives the connection back, or closes it"""
+        reading, self._reading = self._reading, None
+        self._wire.detach()
+        if reading is not None:
+            reading.response.close()
+
+    def _complete(self) -> None:
+        """The answer is whole, and all of it was returned"""
+        if self._journal is not None and not self._is_cached:
+            self._journal.note(self._continuity)
+            self._journal.finish()
+        if self._alignment is not None:
+            self._align(self._alignment)
+        self._answer.complete = True
+        self._end_passage(True if self._sender.attempts else None)
+        self._finish()
+
+    def _align(self, alignment: _Alignment, cut: bool = False) -> None:
+        self._alignment = None
+        self._answer.usage = alignment.aligned(self._answer, self._plan.dialect.choices, cut)
+        self._usages[-1:] = [self._answer.usage]
+
+    # Resuming: a loss, the next plan
+
+    def _lost(self, error: SheepError, reading: _Reading) -> SheepError:
+        """The error that a failure to read on means"""
+        if reading.is_document and isinstance(error, StreamError) and not (self._answer.given or reading.said):
+            error = _refused_with_200(error)
+        self._let_go()
+        judged = self._sender.judged(error, self._wire)
+        judged.__cause__ = error.__cause__
+        return judged
+
+    def _go_on(self, lost: SheepError) -> None:
+        """Begins to read the next connection; raises the error where there is none"""
+        try:
+            self._resume(lost)
+        except SheepError as error:
+            if not self._is_whole or self._wire.ended:
+                raise
+            own_id = self._sender.own_request_id
+            _log.debug("request %s: the answer is whole, what follows it is lost: %s", own_id, error)
+        else:
+            self._read_on()
+
+    def _resume(self, lost: SheepError) -> None:
+        """Opens the next connection for a stream that was lost; raises the error where no plan is left"""
+        if self._wire.ended:
+            raise lost
+        if self._plan.dialect.pending:
+            self._poll_again(lost)
+            return
+        is_last_try = self._sender.failures + 1 >= self._sender.options.retry.total
+        try:
+            if is_last_try and self._is_untold and isinstance(lost, StreamInterrupted) and lost.__cause__ is None:
+                raise lost  # that the server ended, again and again: the last request is not spent on more of it
+            if lost.retryable:
+                if self._tried(self._terms.resume, self._state(), lost):
+                    return
+                self._is_whole = self._is_whole or (self._lacks_only_its_end and bool(self._terms.resume))
+            raise lost
+        except StreamInterrupted as error:
+            if error is not lost or not self._is_untold or self._is_whole or _is_late(self._wire):
+                raise
+            self._resume_otherwise(lost)
+
+    def _resume_otherwise(self, failed: SheepError) -> None:
+        """Goes on from what a checkpoint holds by a strategy not tried yet, where one was in vain; at last, afresh"""
+        self._sender.failures += 1
+        if self._sender.failures > self._sender.options.retry.total:
+            raise failed
+        _log.info("request %s: %s", self._sender.own_request_id, failed)
+        names = self._terms.resume
+        if not self._resumed_from_elsewhere(names[names.index(self._plan.strategy) + 1 :]):
+            self._begin()
+
+    def _resumed_from_elsewhere(self, names: Sequence[str]) -> bool:
+        """Whether there is a connection for an answer of which some was received before, by another call"""
+        names = [name for name in names if name != "restart"]
+        return self._tried(names, self._state()._replace(dialect=None, given=None), None)
+
+    def _state(self) -> _Lost:
+        is_kept = self._plan.keeps_reader
+        return _Lost(
+            self._sender.request,
+            self._sender.ask,
+            self._answer.without_failure(),
+            self._plan.dialect if is_kept else None,
+            self._marks if is_kept else _Marks(),
+            self._sender.target.continuation,
+            self._plan.given if is_kept else None,
+        )
+
+    def _tried(self, names: Sequence[str], state: _Lost, lost: SheepError | None) -> bool:
+        """Connects with the first strategy that works; False where none does"""
+        since = time.monotonic()
+        is_spent = len(self._usages) > self._sender.options.retry.total  # what is billed again is limited in all
+        has_ended = isinstance(lost, StreamError) and bool(self._answer.finish_reason)  # there is no more of it
+        for name in names:
+            wait_for = lost
+            for plan in _STRATEGIES[name](state):
+                if has_ended and not plan.is_billed:
+                    continue
+                if plan.is_billed and (is_spent or self._refusal(plan) in self._sender.client._refusing):
+                    continue
+                if self._opened(plan, lost, wait_for):
+                    self._note_plan(plan, since)
+                    return True
+                wait_for = None
+        return False
+
+    def _opened(self, plan: _Plan, lost: SheepError | None, wait_for: SheepError | None) -> bool:
+        """Whether the server takes a plan; raises what no other plan could mend"""
+        if plan.resets_budget and self._sender.has_progress:
+            self._sender.failures = 0
+        try:
+            self._connect(plan, wait_for)
+        except (InvalidRequestError, ModelNotFoundError) as refused:
+            _log.debug("request %s: %s refused: %s", self._sender.own_request_id, plan.strategy, refused)
+            if plan.is_fresh:
+                raise
+            if plan.is_billed:
+                self._sender.client._refusing.add(self._refusal(plan))
+            return False
+        except (ConnectError, RateLimitError, ServerError, StreamTimeout) as failure:
+            if lost is None or failure is lost or not self._answer.given or self._is_untold or _is_late(self._wire):
+                raise
+            raise lost from failure
+        return True
+
+    def _refusal(self, plan: _Plan) -> str:
+        """Key under which a refused plan is remembered"""
+        return f"{plan.strategy} {self._sender.request.model} at {self._sender.target.base_url}"
+
+    def _note_plan(self, plan: _Plan, since: float) -> None:
+        """Notes a plan that the server took"""
+        if plan.is_billed:
+            self._usages.append(None)
+            self._marks = _Marks()
+        if plan.is_fresh:
+            self._answer = _Answer()
+            if self._journal is not None:
+                self._journal.restart()
+        self._reconnects += 1
+        self._continuity = max(self._continuity, plan.continuity, key=_CONTINUITIES.index)
+        own_id, on_reconnect = self._sender.own_request_id, self._sender.options.retry.on_reconnect
+        _log.info("request %s: the stream was lost, and goes on (%s)", own_id, plan.continuity)
+        if on_reconnect:
+            on_reconnect(self._attempts, time.monotonic() - since)
+
+    def _poll_again(self, lost: SheepError) -> None:
+        """A job that is not done is asked for until it is, which costs nothing, within the limits"""
+        options = self._sender.options
+        delay = options.retry.backoff(self._attempts)
+        limit = options.idle_timeout if self._answer.given else options.first_timeout
+        if limit is not None and time.monotonic() + delay - self._came_at > limit:
+            raise StreamTimeout(f"the response is not whole yet, and no chunk came for {limit} seconds") from lost
+        if _is_late(self._wire, delay):
+            raise lost
+        self._sender.pause(lost, self._attempts, delay, self._wire)
+        plan = _poll(self._state())
+        if plan is None or not self._opened(plan, lost, None):
+            raise lost
+
+    # Ending
+
+    def _end_passage(self, success: bool | None) -> None:
+        """Tells the breaker how the call ended; the first that is said counts"""
+        if self._passage is not None:
+            self._passage.end(success)
+
+    def _outcome(self, error: SheepError) -> bool | None:
+        """What an error says of the provider; None where it was not asked, or the caller's own deadline has passed"""
+        return None if not self._sender.attempts or _is_late(self._wire) else _was_success(error)
+
+    def _report(self, error: SheepError) -> None:
+        """Completes an error that goes to the caller, and logs it"""
+        self._answer.complete = False
+        _set_partial(error, self._answer, self._marks.known)
+        self._sender.completed(error)
+        if isinstance(error, StreamCancelled):
+            return
+        level = logging.WARNING if self._answer.given else logging.DEBUG
+        _log.log(level, "request %s: %s: %s", self._sender.own_request_id, error.code, error)
+        on_give_up = self._sender.options.retry.on_give_up
+        if on_give_up:
+            on_give_up(error, self._attempts)
+
+    def _give_up(self) -> None:
+        """Asks the service to end a job that nobody waits for any more"""
+        if not (self._answer.complete or self._is_given_up) and self._wire.is_own:
+            self._is_given_up = True
+            self._sender.cancel_job(self._answer.id)
+
+    def _release(self) -> None:
+        """Lets go of the connection and of the journal; may be called again"""
+        self._wire.detach()
+        if self._sender.response is not None:
+            self._sender.response.close()
+        if self._journal is not None:
+            self._journal.close()
+
+    def _finish(self) -> None:
+        """Lets go of all that is held; may be called again"""
+        self._is_over = True
+        if self._clock.end is None and self._clock.start is not None:
+            self._clock.end = time.monotonic()
+        self._release()
+        self._slot.close()
+        if self._alignment is not None and self._answer.given:
+            self._align(self._alignment, cut=True)
+        if self._sender.is_owned:
+            self._sender.client.close()
+        self._end_passage(None)
 
     def __enter__(self) -> Stream:
         self._read(is_to_open=True)
@@ -8654,22 +8618,14 @@ class Stream:
 
     def close(self) -> None:
         """Ends the stream quietly, and lets go of its connection; from any thread, and again"""
-        self._ending = self._ending or "closed"
-        self._call.wire.end(self._ending)
-        if self._busy.acquire(blocking=False):  # else the reader's thread wakes, and closes
+        self._wire.end("closed")
+        if self._lock.acquire(blocking=False):  # else the reader's thread wakes, and closes
             try:
-                if not self._ended:
-                    self._call.give_up()
+                if not self._is_over:
+                    self._give_up()
                 self._finish()
             finally:
-                self._busy.release()
-
-    def _finish(self) -> None:
-        self._ended = True
-        for spare in self._spares:
-            spare.call.close()
-        self._call.close()
-        self._call.end_passage(None)
+                self._lock.release()
 
     def cancel(self) -> None:
         """Ends the stream, from any thread and at any time: its reader gets StreamCancelled
@@ -8677,79 +8633,80 @@ class Stream:
         At once while it waits for headers or for bytes, or between two tries; while it connects, within the
         connect time-out. With a ``session=`` of your own a wait for headers ends only with the headers.
         """
-        self._ending = self._ending or "cancelled"
-        self._call.wire.end(self._ending)
+        self._wire.end("cancelled")
 
-    def _tell_place(self, told: Callable[[int], object]) -> None:
-        """Has the place in the queue of its Limiter told to somebody, who belongs to the thread that reads"""
-        for call in (self._call, *(spare.call for spare in self._spares)):
-            call.tell_place(told)
+    # What came so far
 
     @property
     def text(self) -> str:
         """The text so far"""
-        return str(self._call.answer.text)
+        return str(self._answer.text)
 
     @property
     def reasoning(self) -> str:
         """The reasoning so far"""
-        return str(self._call.answer.reasoning)
+        return str(self._answer.reasoning)
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The tool calls so far"""
-        return self._call.answer.calls()
+        return self._answer.calls()
 
     @property
     def finish_reason(self) -> str | None:
         """Why the answer ended, in the vendor's word; None before the end"""
-        return self._call.answer.finish_reason
+        return self._answer.finish_reason
 
     @property
     def usage(self) -> Usage | None:
         """What the provider counted, None where it has not said"""
-        return self._call.answer.usage
+        return self._answer.usage
 
     @property
     def cost(self) -> Decimal | None:
         """What the usage costs, as the function ``cost`` finds it, with the client's prices; None where nobody knows"""
-        return self._call.cost_of(self.usage)
+        prices = self._sender.options.prices or {}
+        price = prices.get(self.model) or prices.get(self._sender.request.model)
+        return cost(self.usage, price, model=self.model, provider=self._sender.target.provider)
 
     @property
     def model(self) -> str:
         """The model that answers, before it says so the one asked for"""
-        return self._call.model
+        return self._answer.model or self._sender.request.model
 
     @property
     def id(self) -> str:
         """The answer's id, "" before it is known"""
-        return self._call.answer.id
+        return self._answer.id
 
     @property
     def request_id(self) -> str:
         """The provider's id of the request, else the X-Request-ID that is sent with each of its tries"""
-        return self._call.request_id
+        return self._sender.request_id
 
     @property
     def completion(self) -> Completion:
         """All of the answer so far"""
-        return self._call.answer.completion()
+        return self._answer.completion()
+
+    @property
+    def _attempts(self) -> int:
+        return self._attempts_before + self._sender.attempts
 
     @property
     def stats(self) -> StreamStats:
         """How it went so far"""
-        call = self._call
-        return call.clock.stats(call.usages, call.attempts, call.reconnects, call.cached)
+        return self._clock.stats(self._usages, self._attempts, self._reconnects, self._is_cached)
 
     @property
     def continuity(self) -> str:
         """The weakest way that made it whole: "single", "replayed", "verified", "restarted" or "continued" last"""
-        return self._call.continuity
+        return self._continuity
 
     @property
     def response(self) -> requests.Response | None:
         """The response in use, None before there is one; its request shows no key"""
-        return self._call.response
+        return self._sender.response
 
 
 class Client:
@@ -8883,8 +8840,8 @@ class Client:
         **params: Any,
     ) -> Stream:
         """The answer to ``messages`` as a Stream; see ``sheepsse.stream``"""
-        terms = _Terms(True, deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
-        return _stream_of([self], messages, model, params, terms, fallback)
+        terms = _Terms(deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
+        return _stream_of(self, messages, model, params, terms, fallback=fallback)
 
     def complete(
         self,
@@ -8899,13 +8856,18 @@ class Client:
         **params: Any,
     ) -> Completion:
         """The answer to ``messages``, whole; see ``sheepsse.complete``"""
-        terms = _Terms(False, deadline, on_retry, checkpoint, refresh, alignment=alignment)
-        return _completed(_stream_of([self], messages, model, params, terms))
+        terms = _Terms(deadline, on_retry, checkpoint, refresh, alignment=alignment)
+        return _completed(_stream_of(self, messages, model, params, terms, is_streamed=False))
 
-    def _call(
-        self, messages: Any, model: str | None, params: dict[str, Any], terms: _Terms, owned: bool = False
-    ) -> _Call:
-        terms = terms.checked()
+    def _sender(
+        self,
+        messages: Sequence[Any],
+        model: str | None,
+        params: dict[str, Any],
+        terms: _Terms,
+        is_streamed: bool,
+        is_owned: bool,
+    ) -> _Sender:
         options = self._options.but(**{name: params.pop(name) for name in _CALL_OPTIONS if name in params})
         if terms.on_retry is not None:
             options = options.but(retry=options.retry.new(on_retry=terms.on_retry))
@@ -8915,9 +8877,32 @@ class Client:
             raise InvalidRequestError("no model: pass model=..., as the provider names it")
         target = self._target(model, options.headers)
         params.update(params.pop("extra_body", None) or {})
-        messages = tuple(_messages(messages))
-        request = _Request(target.base_url, target.dialect, messages, model, params, terms.stream)
-        return _Call(self, target, request, options, terms, self._refusing, owned)
+        request = _Request(target.base_url, target.dialect, tuple(messages), model, params, is_streamed)
+        return _Sender(self, target, request, options, terms, is_owned)
+
+    def _send(
+        self,
+        target: _Target,
+        wire: _Wire,
+        method: str,
+        url: str,
+        connect_timeout: float | None,
+        headers: Mapping[str, Any],
+        data: bytes | None = None,
+    ) -> requests.Response:
+        """Sends one request, with the key"""
+        return _send(
+            self._via(),
+            wire,
+            method,
+            url,
+            connect_timeout,
+            data=data,
+            headers={**target.dialect.headers, **headers},
+            auth=_KeyAuth(target.key_headers) if target.key_headers else None,
+            allow_redirects=False,
+            **self._request_options(),
+        )
 
     def _via(self) -> requests.Session:
         if self._session is not None:
@@ -8991,17 +8976,8 @@ class Client:
         url = target.check_url
         failure: list[SheepError] = []
         wire = _Wire(timeout, deadline=timeout)
-        response = _send(
-            self._via(),
-            wire,
-            "GET",
-            url,
-            timeout,
-            headers={"Accept": "application/json", **target.dialect.headers, **self._options.headers},
-            auth=target.auth,
-            allow_redirects=False,
-            **self._request_options(),
-        )
+        headers = {"Accept": "application/json", **self._options.headers}
+        response = self._send(target, wire, "GET", url, timeout, headers)
         try:
             body = _read_some(_limited_blocks(response, wire), _MAX_EVENT_SIZE, failure)
         finally:
@@ -9118,8 +9094,8 @@ def stream(
     AuthenticationError for a missing or placeholder key and InvalidRequestError for a missing model are raised
     here, all else when the Stream is read; CheckpointError where a checkpoint cannot be used.
     """
-    terms = _Terms(True, deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
-    return _streamed(messages, model, client, params, terms, fallback)
+    terms = _Terms(deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
+    return _stream_of(client, messages, model, params, terms, fallback=fallback)
 
 
 def complete(
@@ -9135,26 +9111,8 @@ def complete(
     **params: Any,
 ) -> Completion:
     """The same request, not streamed: the whole answer, or the error that ``stream`` would raise"""
-    terms = _Terms(False, deadline, on_retry, checkpoint, refresh, alignment=alignment)
-    return _completed(_streamed(messages, model, client, params, terms))
-
-
-def _streamed(
-    messages: Any,
-    model: str | None,
-    client: Client | Sequence[Client] | None,
-    params: dict[str, Any],
-    terms: _Terms,
-    fallback: bool = False,
-) -> Stream:
-    """What stream() and complete() read: by the clients given, by one made of their keywords, or the environment's"""
-    if isinstance(params.get("api_key"), (str, bytes)):
-        params["api_key"] = _Key.of(params["api_key"])
-    for name in ("headers", "proxies"):
-        if isinstance(params.get(name), Mapping):
-            params[name] = _Hidden(params[name])
-    clients, owned = _clients_of(client, params)
-    return _stream_of(clients, messages, model, params, terms, fallback, owned)
+    terms = _Terms(deadline, on_retry, checkpoint, refresh, alignment=alignment)
+    return _completed(_stream_of(client, messages, model, params, terms, is_streamed=False))
 
 
 def _clients_of(client: Client | Sequence[Client] | None, params: dict[str, Any]) -> tuple[list[Client], bool]:
@@ -9169,26 +9127,32 @@ def _clients_of(client: Client | Sequence[Client] | None, params: dict[str, Any]
 
 
 def _stream_of(
-    clients: Sequence[Client],
+    client: Client | Sequence[Client] | None,
     messages: Any,
     model: str | None,
     params: dict[str, Any],
     terms: _Terms,
+    *,
+    is_streamed: bool = True,
     fallback: bool = False,
-    owned: bool = False,
 ) -> Stream:
-    """A Stream by the first of the clients that gives one; with ``fallback``, at last, of an answer in one piece"""
-    messages = _messages(messages)
-    several = len(clients) > 1
-    calls = [
-        client._call(messages, (several and client.model) or model, {**params}, terms, owned) for client in clients
-    ]
-    spares = [_Spare(call, _may_go_elsewhere) for call in calls[1:]]
-    if fallback:
-        whole = terms._replace(stream=False)
-        last = clients[-1]._call(messages, (several and clients[-1].model) or model, {**params}, whole, owned)
-        spares.append(_Spare(last, _may_do_without_stream))
-    return Stream(calls[0], spares)
+    """A Stream by the first client that can; by a client made of the keywords, or the environment's, without one"""
+    if isinstance(params.get("api_key"), (str, bytes)):
+        params["api_key"] = _Key.of(params["api_key"])
+    for name in ("headers", "proxies"):
+        if isinstance(params.get(name), Mapping):
+            params[name] = _Hidden(params[name])
+    clients, is_owned = _clients_of(client, params)
+    messages, terms = _messages(messages), terms.checked()
+    ways = [(each, is_streamed) for each in clients] + [(each, False) for each in clients[-1:] if fallback]
+    senders = []
+    for each, streams in ways:
+        named = (len(clients) > 1 and each.model) or model
+        senders.append(each._sender(messages, named, {**params}, terms, streams, is_owned))
+    senders[-1].is_fallback = fallback
+    point = terms.resume_from
+    answer, events = (_Answer(), []) if point is None else _Answer.at(point)
+    return Stream(senders, terms, answer, _Marks(events))
 
 
 def _completed(answer: Stream) -> Completion:
@@ -10186,7 +10150,7 @@ class _Production:
 
 def _own_event_id(chunk: Chunk, stream: Stream) -> str:
     """The id of the upstream event that a chunk is of, "" where that came without one of its own"""
-    return chunk.event_id if stream._call.has_own_id else ""
+    return chunk.event_id if stream._has_own_id else ""
 
 
 def _facts(stream: Stream, size: int) -> dict[str, Any]:

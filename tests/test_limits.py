@@ -902,13 +902,13 @@ def test_what_was_saved_and_not_given_is_no_reason_to_ask_nobody_else(server, ot
 def test_a_cancel_between_two_clients_is_not_lost(server, two, monkeypatch):
     server.default = error_answer(503)
     stream = sheepsse.stream("Good day?", client=two)
-    plain = sheepsse._Call.follow
+    plain = sheepsse.Stream._use
 
-    def follow(self, other, error):
-        plain(self, other, error)
+    def use(self, *begun):
+        plain(self, *begun)
         stream.cancel()
 
-    monkeypatch.setattr(sheepsse._Call, "follow", follow)
+    monkeypatch.setattr(sheepsse.Stream, "_use", use)
     pieces, error = read(stream)
     assert (pieces, type(error)) == ([], StreamCancelled)
 

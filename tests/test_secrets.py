@@ -511,8 +511,8 @@ def test_no_repr_shows_the_key(server, asking):
 
 
 def test_what_a_stream_is_made_of_does_not_show_the_key_in_a_debuggers_list_of_locals(asking):
-    call = asking(headers={"x-api-key": KEY}, api_key=None).stream("Good day?")._call
-    assert PIECE not in "".join(map(repr, vars(call).values()))
+    stream = asking(headers={"x-api-key": KEY}, api_key=None).stream("Good day?")
+    assert PIECE not in "".join(map(repr, [*vars(stream).values(), *vars(stream._sender).values()]))
     assert PIECE not in repr(asking()._target("m", {}))
 
 
