@@ -5897,6 +5897,14 @@ def _messages(messages: Any) -> list[Any]:
     return list(messages)
 
 
+class _Mark(NamedTuple):
+    """What another process kept of an event"""
+
+    id: str
+    #: of its kind and data; None where that is not known
+    checksum: int | None
+
+
 class _Marks:
     """Where a stream is, by the ids of the events that were given out: the first, and the last few, are kept
 
@@ -5907,30 +5915,29 @@ class _Marks:
     _KEPT = 8
 
     def __init__(self, marks: Iterable[Sequence[Any]] = ()) -> None:
-        known = [(id, checksum) for id, checksum in marks]
-        #: the first event; as (id, checksum) where another process had it, without a checksum where that is not kept
-        self.first: ServerSentEvent | tuple[str, int | None] | None = known[0] if known else None
-        self.recent: collections.deque[ServerSentEvent | tuple[str, int | None]] = collections.deque(known, self._KEPT)
+        self._former = tuple(_Mark(*mark) for mark in marks)
+        self.first: ServerSentEvent | _Mark | None = self._former[0] if self._former else None
+        self.recent: collections.deque[ServerSentEvent | _Mark] = collections.deque(self._former, self._KEPT)
         #: whether there are others between the first and the last ones
-        self.is_partial = bool(known)
-        self._former = tuple(known)
+        self.is_partial = bool(self._former)
         self._given: _Given | None = None
 
     @property
     def cursor(self) -> str:
         """The id to go on after; "" where the last event has none of its own, so that nobody can say what is new"""
-        ids = [_mark_of(event)[0] for event in self.recent][-2:]
-        return ids[-1] if ids and ids[-1] != "".join(ids[:-1]) else ""
+        last = self.recent[-1].id if self.recent else ""
+        before = self.recent[-2].id if len(self.recent) > 1 else ""
+        return last if last != before else ""
 
     @property
-    def known(self) -> tuple[tuple[str, int | None], ...]:
+    def known(self) -> tuple[_Mark, ...]:
         """The first event and the last ones, for another process; none where there is no cursor"""
         if self._given is not None and not self._given.is_behind:  # what is noted is before what was given
             return self._former
-        marks = tuple(map(_mark_of, self.recent))
         if not self.cursor or self.first is None:
             return ()
-        return marks if _mark_of(self.first) == marks[0] else (_mark_of(self.first), *marks[-2:])
+        first, recent = _mark_of(self.first), tuple(map(_mark_of, self.recent))
+        return recent if first == recent[0] else (first, *recent[-2:])
 
     def begin_again(self, given: _Given) -> None:
         """The events come from the first one on: those that follow are noted when all of ``given`` was repeated"""
@@ -5938,11 +5945,10 @@ class _Marks:
         self.recent.clear()
 
 
-def _mark_of(event: ServerSentEvent | tuple[str, int | None]) -> tuple[str, int | None]:
-    """The id of an event and its checksum, None where that is not kept"""
-    if not isinstance(event, ServerSentEvent):
+def _mark_of(event: ServerSentEvent | _Mark) -> _Mark:
+    if isinstance(event, _Mark):
         return event
-    return event.id, zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass"))
+    return _Mark(event.id, zlib.crc32(f"{event.event}\n{event.data}".encode("utf-8", "surrogatepass")))
 
 
 def _marks_of(ids: Sequence[str]) -> list[tuple[str, int | None]]:
@@ -6087,7 +6093,7 @@ class _ByIds(_Repeated):
         super().__init__(ask, reader, lost.answer, given)
         self._lost = lost
         self._has_all = lost.dialect is not None
-        self._left: list[tuple[str, int | None]] | None = None  # of the last events, what may come again
+        self._left: list[_Mark] | None = None  # of the last events, what may come again
 
     def place(self, event: ServerSentEvent) -> bool:
         if event.event == "ping":
@@ -6105,7 +6111,7 @@ class _ByIds(_Repeated):
         del self._left[: known.index(event.id) + 1]
         return False
 
-    def _begin(self, event: ServerSentEvent) -> list[tuple[str, int | None]]:
+    def _begin(self, event: ServerSentEvent) -> list[_Mark]:
         """Which of the last events the first one shows that are repeated"""
         marks = self._lost.marks
         recent = list(map(_mark_of, marks.recent))
@@ -6174,10 +6180,12 @@ class _Given:
     """What was given out, piece by piece of its kind, against which a repetition is held"""
 
     def __init__(self, answer: _Answer) -> None:
-        self._left = {name: str(getattr(answer, name)) for name in ("text", "reasoning", "refusal")}
-        self._at = dict.fromkeys(self._left, 0)
-        self._calls = {call.index: call for call in answer.calls()}
-        self._call_at = dict.fromkeys(self._calls, 0)
+        self._names = {call.index: call.name for call in answer.calls()}
+        #: by kind, and index of a tool call
+        self._texts = {(kind, 0): str(getattr(answer, kind)) for kind in ("text", "reasoning", "refusal")}
+        self._texts.update((("tool_calls", call.index), call.arguments) for call in answer.calls())
+        #: how much of each was repeated
+        self._at = dict.fromkeys(self._texts, 0)
         self._finish_reason = answer.finish_reason
         #: whether what comes is behind all of it
         self.passed = False
@@ -6187,9 +6195,9 @@ class _Given:
         if self.passed:
             return (chunk,)
         missing = chunk._replace(
-            text=self._beyond("text", chunk.text),
-            reasoning=self._beyond("reasoning", chunk.reasoning),
-            refusal=self._beyond("refusal", chunk.refusal),
+            text=self._beyond(("text", 0), chunk.text),
+            reasoning=self._beyond(("reasoning", 0), chunk.reasoning),
+            refusal=self._beyond(("refusal", 0), chunk.refusal),
             tool_calls=tuple(self._calls_beyond(chunk.tool_calls)),
         )
         if chunk.finish_reason:
@@ -6197,64 +6205,49 @@ class _Given:
         if chunk.finish_reason and self._finish_reason:
             missing = missing._replace(finish_reason=None, finish=None, vendor=None)
             if chunk.finish_reason != self._finish_reason:
-                raise self._difference("finish_reason", 0, self._finish_reason, chunk.finish_reason)
+                raise self._difference(("finish_reason", 0), 0, self._finish_reason, chunk.finish_reason)
         if not self.is_behind:
             # nobody can go on from its event: what was given ends behind it
             missing = missing._replace(event_id="", usage=None)
         return (missing,) if _says(missing) or missing.finish_reason or missing.usage else ()
 
-    def _beyond(self, name: str, piece: str) -> str:
-        given, at = self._left[name], self._at[name]
+    def _beyond(self, key: tuple[str, int], piece: str) -> str:
+        given, at = self._texts[key], self._at[key]
         expected = given[at : at + len(piece)]
         if not piece.startswith(expected):
             common = _common(expected, piece)
-            raise self._difference(name, at + common, given[at + common :], piece[common:])
-        self._at[name] = at + len(expected)
+            raise self._difference(key, at + common, given[at + common :], piece[common:])
+        self._at[key] = at + len(expected)
         return piece[len(expected) :]
 
     def _calls_beyond(self, calls: Iterable[ToolCall]) -> Iterator[ToolCall]:
         for call in calls:
-            given = self._calls.get(call.index)
-            if given is None:
+            key = "tool_calls", call.index
+            if key not in self._texts:
                 yield call
                 continue
-            if call.name and not given.name.startswith(call.name):
-                raise self._difference("tool_calls", call.index, given.name, call.name)
-            at = self._call_at[call.index]
-            expected = given.arguments[at : at + len(call.arguments)]
-            if not call.arguments.startswith(expected):
-                raise self._difference("tool_calls", call.index, expected, call.arguments)
-            self._call_at[call.index] = at + len(expected)
-            if call.arguments[len(expected) :]:
-                yield ToolCall(call.index, arguments=call.arguments[len(expected) :])
+            if call.name and not self._names[call.index].startswith(call.name):
+                raise self._difference(key, 0, self._names[call.index], call.name)
+            arguments = self._beyond(key, call.arguments)
+            if arguments:
+                yield ToolCall(call.index, arguments=arguments)
 
     @property
     def is_behind(self) -> bool:
         """Whether all of it was repeated, or is not repeated at all"""
-        return self.passed or next(self._not_repeated(), None) is None
-
-    def _not_repeated(self) -> Iterator[tuple[str, int, str]]:
-        """What has not come again yet: its kind, where it begins, and its first characters"""
-        for name, given in self._left.items():
-            at = self._at[name]
-            if at < len(given):
-                yield name, at, given[at : at + 100]
-        for index, call in self._calls.items():
-            at = self._call_at[index]
-            if at < len(call.arguments):
-                yield "tool_calls", index, call.arguments[at : at + 100]
+        return self.passed or all(self._at[key] == len(text) for key, text in self._texts.items())
 
     def require_all(self) -> None:
         """StreamInterrupted where it was not repeated to its end"""
-        if self.passed:
-            return
-        for name, position, given in self._not_repeated():
-            raise self._difference(name, position, given, "")
+        for key, text in self._texts.items():
+            if not self.passed and self._at[key] < len(text):
+                raise self._difference(key, self._at[key], text[self._at[key] :], "")
 
-    def _difference(self, name: str, position: int, given: str, repeated: str) -> StreamInterrupted:
+    def _difference(self, key: tuple[str, int], at: int, given: str, repeated: str) -> StreamInterrupted:
+        kind, position = key if key[0] == "tool_calls" else (key[0], at)
         return StreamInterrupted(
-            f"the connection was lost, and the repeated answer differs from what was given at {name} {position}: "
-            f"{_excerpt(given, 40)} was given, and now there is {_excerpt(repeated, 40)}",
+            f"the connection was lost, and the repeated answer differs from what was given at {kind} {position}: "
+            f"{_excerpt(given[:100], 40)} was given, and now there is {_excerpt(repeated[:100], 40)}",
             retryable=False,
         )
 
@@ -6277,17 +6270,14 @@ def _is_text_alone(lost: _Lost) -> bool:
     )
 
 
-class _Continuation:
+class _Continuation(NamedTuple):
     """How a provider is asked to go on with an answer"""
 
-    def __init__(
-        self, request: Callable[[_Request, str], _Request | None], echoes: bool = False, strips: bool = False
-    ) -> None:
-        self.request = request
-        #: whether it repeats what it goes on from
-        self.echoes = echoes
-        #: whether what it goes on from must not end in white space
-        self.strips = strips
+    request: Callable[[_Request, str], _Request | None]
+    #: whether it repeats what it goes on from
+    echoes: bool = False
+    #: whether what it goes on from must not end in white space
+    strips: bool = False
 
 
 def _deepseek_prefix(request: _Request, text: str) -> _Request | None:
@@ -6407,7 +6397,9 @@ class _Continued(_GoingOn):
     def end(self) -> Iterable[Chunk]:
         held, self._held = self._held or [], None
         if self._echoes and self._said.startswith(self._kept):
-            held = _from_position(held, _echo_length(self._said, self._text, self._kept))
+            # white space at the end of the echo may be missing
+            end = len(self._kept)
+            held = _from_position(held, end + _common(self._text[end:], self._said[end:]))
         elif self._repeated >= (_ECHO if self._echoes or self._repeated == len(self._begun) else _UNEXPECTED_ECHO):
             raise StreamInterrupted("the continuation repeats the answer, or a part of it", retryable=False)
         return self._spaced(held)
@@ -6427,11 +6419,6 @@ class _Continued(_GoingOn):
 def _squeezed(text: str) -> str:
     """The text without white space"""
     return "".join(text.split())
-
-
-def _echo_length(said: str, text: str, kept: str) -> int:
-    """How much of what is said repeats the text; its white space at the end may be missing"""
-    return len(kept) + _common(text[len(kept) :], said[len(kept) :])
 
 
 def _from_position(chunks: Iterable[Chunk], position: int) -> list[Chunk]:
@@ -8286,9 +8273,11 @@ class Stream:
                 retryable=False,
             )
         if self._journal is not None:
-            self._journal.note(self._continuity)
+            if self._journal.continuity != self._continuity:
+                self._journal.note(self._continuity)
             # where to go on after a kill is known of events with an id of their own alone
-            self._journal.append(chunk if self._has_own_id else chunk._replace(event_id=""))
+            is_known = not chunk.event_id or self._has_own_id
+            self._journal.append(chunk if is_known else chunk._replace(event_id=""))
         if self._alignment is not None:
             self._alignment.note(self._answer, self._clock.chunks)
         return chunk
