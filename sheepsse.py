@@ -6542,17 +6542,22 @@ class _Reading:
         marks: _Marks,
         response: requests.Response,
         blocks: Iterator[bytes],
-        body: _BodyDecoder,
-        is_document: bool,
+        format: str | None,
+        max_event_size: int,
     ) -> None:
-        self.plan, self.response, self.is_document = plan, response, is_document
-        self._marks, self._blocks, self._body = marks, blocks, body
+        content_type = response.headers.get("Content-Type") or ""
+        self.plan, self.response = plan, response
+        #: whether the answer is one JSON document
+        self.is_document = _media_type(content_type) == "application/json"
+        is_bounded = self.is_document and _has_known_end(response)
+        self._body = _BodyDecoder(content_type, format, max_event_size, is_bounded)
+        self._marks, self._blocks = marks, blocks
         #: what the provider says that this generation took
         self.usage: Usage | None = None
         #: whether a piece of the answer came, where it is one document
         self.said = False
         self.ended = False
-        self._is_plain = plan.is_plain and not is_document
+        self._is_plain = plan.is_plain and not self.is_document
         self._is_checked = True  # whether the last chunk was found to be of this answer
 
     def turn(self, queue: collections.deque[_Came]) -> None:
@@ -7771,7 +7776,13 @@ class _Sender:
         """Whether this one may succeed where another failed with the error"""
         if isinstance(error, (QueueFullError, QueueTimeoutError)) and self.has_limiter_of(other):
             return False
-        return _may_do_without_stream(error) if self.is_fallback else _may_go_elsewhere(error)
+        if not self.is_fallback:
+            refusals = CircuitOpenError, QueueFullError, QueueTimeoutError, QuotaError
+            return error.retryable or isinstance(error, refusals)
+        if isinstance(error, InvalidRequestError):  # of a server that does not stream
+            said = _reported_error(_json(getattr(error.response, "content", b"") or b""), certain=True)
+            return said is not None and re.search(r"(?i)\bstream(ed|ing|s)?\b", said.message) is not None
+        return isinstance(error, (InvalidStreamError, StreamError, StreamInterrupted, StreamTimeout))
 
     def has_limiter_of(self, other: _Sender) -> bool:
         return _unbound(self.options.limiter) is _unbound(other.options.limiter)
@@ -7949,19 +7960,6 @@ def _both(first: Callable[[int], object], second: Callable[[int], object] | None
     return first if second is None else lambda place: (first(place), second(place))
 
 
-def _may_go_elsewhere(error: SheepError) -> bool:
-    """Whether another provider may do what one could not"""
-    return error.retryable or isinstance(error, (CircuitOpenError, QueueFullError, QueueTimeoutError, QuotaError))
-
-
-def _may_do_without_stream(error: SheepError) -> bool:
-    """Whether an answer may be had in one piece where a stream was not"""
-    if isinstance(error, InvalidRequestError):
-        said = _reported_error(_json(getattr(error.response, "content", b"") or b""), certain=True)
-        return said is not None and re.search(r"(?i)\bstream(ed|ing|s)?\b", said.message) is not None
-    return isinstance(error, (InvalidStreamError, StreamError, StreamInterrupted, StreamTimeout))
-
-
 class Stream:
     """The answer to one request, as it is written: an iterator of str, each a piece of text that is not empty
 
@@ -7980,7 +7978,6 @@ class Stream:
         self._lock = threading.Lock()  # held by the thread that reads
         self._is_open = False
         self._is_over = False
-        self._is_given_up = False
         self._attempts_before = 0  # by senders before this one
         self._slot = contextlib.ExitStack()  # of the limiter, as long as it is held
         self._has_slot = False
@@ -8307,12 +8304,8 @@ class Stream:
         """Begins to read the connection that was opened last"""
         response, options = self._sender.response, self._sender.options
         assert response is not None
-        content_type = response.headers.get("Content-Type") or ""
-        is_document = _media_type(content_type) == "application/json"
-        is_bounded = is_document and _has_known_end(response)
-        body = _BodyDecoder(content_type, options.format, options.max_event_size, is_bounded)
         blocks = _limited_blocks(response, self._wire)
-        self._reading = _Reading(self._plan, self._marks, response, blocks, body, is_document)
+        self._reading = _Reading(self._plan, self._marks, response, blocks, options.format, options.max_event_size)
         self._is_idle_awaited = False
         if self._wire.due is not None:  # what the caller did since the answer began is not the server's time
             self._wire.due += time.monotonic() - self._answered_at
@@ -8570,8 +8563,7 @@ class Stream:
 
     def _give_up(self) -> None:
         """Asks the service to end a job that nobody waits for any more"""
-        if not (self._answer.complete or self._is_given_up) and self._wire.is_own:
-            self._is_given_up = True
+        if not self._answer.complete and self._wire.is_own:
             self._sender.cancel_job(self._answer.id)
 
     def _release(self) -> None:
@@ -8857,7 +8849,7 @@ class Client:
         is_streamed: bool,
         is_owned: bool,
     ) -> _Sender:
-        options = self._options.but(**{name: params.pop(name) for name in _CALL_OPTIONS if name in params})
+        options = self._options.but(**{name: params.pop(name) for name in _CallOptions._fields if name in params})
         if terms.on_retry is not None:
             options = options.but(retry=options.retry.new(on_retry=terms.on_retry))
         _refuse_options(params)
@@ -8997,11 +8989,6 @@ def _client_of(
     return made
 
 
-#: keywords of a Client that a single call may set for itself
-_CALL_OPTIONS = (
-    *("retry", "timeout", "first_timeout", "idle_timeout", "headers", "format", "max_event_size", "max_answer_size"),
-    *("limiter", "breaker", "prices"),
-)
 #: keywords that make a Client of their own in stream() and complete()
 _CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session", "verify", "proxies", "cert")
 #: keywords that the body must never see, and why they are refused
