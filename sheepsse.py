@@ -7979,8 +7979,7 @@ class Stream:
         self._is_open = False
         self._is_over = False
         self._attempts_before = 0  # by senders before this one
-        self._slot = contextlib.ExitStack()  # of the limiter, as long as it is held
-        self._has_slot = False
+        self._slot: ContextManager[object] | None = None  # of the limiter, as long as it is held
         self._passage: _Passage | None = None  # through the breaker
         self._use(senders[0], answer, marks)
 
@@ -8112,9 +8111,10 @@ class Stream:
         limiter, breaker = self._sender.options.limiter, self._sender.options.breaker
         if breaker is not None and self._passage is None:
             breaker.check()  # there is no use in waiting
-        if limiter is not None and not self._has_slot:
-            self._slot.enter_context(self._acquired(limiter))
-            self._has_slot = True
+        if limiter is not None and self._slot is None:
+            slot = self._acquired(limiter)
+            slot.__enter__()
+            self._slot = slot
         if breaker is not None and self._passage is None:
             self._passage = breaker.enter()
 
@@ -8139,6 +8139,11 @@ class Stream:
             if not _is_late(self._wire):
                 raise
             raise StreamTimeout("the deadline of the call has passed, waiting for a slot of the limiter") from error
+
+    def _release_slot(self) -> None:
+        slot, self._slot = self._slot, None
+        if slot is not None:
+            slot.__exit__(None, None, None)
 
     def _check_not_ended(self) -> None:
         if self._wire.ended:
@@ -8221,8 +8226,7 @@ class Stream:
             return False
         _log.info("request %s: %s, another is asked: %s", failed.own_request_id, error.code, error)
         if not spare.has_limiter_of(failed):
-            self._slot.close()
-            self._has_slot = False
+            self._release_slot()
         if spare.options.breaker is not failed.options.breaker:
             self._end_passage(self._outcome(error))
             self._passage = None
@@ -8580,7 +8584,7 @@ class Stream:
         if self._clock.end is None and self._clock.start is not None:
             self._clock.end = time.monotonic()
         self._release()
-        self._slot.close()
+        self._release_slot()
         if self._alignment is not None and self._answer.given:
             self._align(self._alignment, cut=True)
         if self._sender.is_owned:
