@@ -5302,6 +5302,10 @@ class _WireReader(io.RawIOBase):
         super().close()
 
 
+#: bytes that a response buffers: lines of headers and chunk sizes, and small chunks
+_BUFFER = 4096
+
+
 class _WireSocket:
     """What http.client takes from a socket to read a response"""
 
@@ -5309,7 +5313,7 @@ class _WireSocket:
         self._socket, self._wire = sock, wire
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_WireReader(self._socket, mode, self._wire))
+        return io.BufferedReader(_WireReader(self._socket, mode, self._wire), _BUFFER)
 
 
 class _WireResponse(_HTTPResponse):
@@ -7998,7 +8002,7 @@ class Stream:
         self._usages: list[Usage | None] = []
         self._journal: _Journal | None = None
         self._is_cached = False  # whether the answer is a checkpoint's
-        self._saved: collections.deque[Chunk] | None = None  # what a checkpoint holds, to be returned first
+        self._saved: Iterator[Chunk] | None = None  # what a checkpoint holds, to be returned first
         self._is_untold = False  # whether nothing of what a checkpoint holds was returned yet
         self._queue: collections.deque[_Came] = collections.deque()
         self._failure: SheepError | None = None  # of the connection, behind what is in the queue
@@ -8247,8 +8251,9 @@ class Stream:
             raise self._sender.judged(StreamTimeout("the deadline of the call has passed"), self._wire)
         if self._saved is None:
             self._saved = self._begin_to_read()
-        if self._saved:
-            saved, self._is_event_whole = self._saved.popleft(), True
+        saved = next(self._saved, None)
+        if saved is not None:
+            self._is_event_whole = True
             self._clock.note(saved, _says(saved), time.monotonic())
             return saved
         if not self._queue and not self._fill():
@@ -8295,14 +8300,14 @@ class Stream:
             return True
         return (self._is_whole or self._plan.dialect.whole) and not any(_says(chunk) for chunk, _, _ in self._queue)
 
-    def _begin_to_read(self) -> collections.deque[Chunk]:
+    def _begin_to_read(self) -> Iterator[Chunk]:
         """Begins, and gives what a checkpoint holds, once it is known that the answer goes on from there"""
         if self._sender.response is not None and not self._is_cached:
             self._read_on()
         if self._is_untold:
             self._fill()
             self._is_untold = False
-        return collections.deque(self._journal.chunks if self._journal is not None else ())
+        return iter(self._journal.chunks if self._journal is not None else ())
 
     def _read_on(self) -> None:
         """Begins to read the connection that was opened last"""
