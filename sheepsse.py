@@ -6635,6 +6635,18 @@ class _Reading:
 # ============================================================================================================
 # 10. Checkpoints: an append-only journal of chunks that survives a kill. May use: Values and above
 # ============================================================================================================
+# Read here when a checkpoint is refused, or holds other than what was returned.
+#
+# A Stream holds a _Journal: the open file of one request, and its lock. A line holds a Chunk, and the CRC-32 of itself
+# and of all lines before. The Stream writes a chunk, by one write, before it returns the chunk; so after a kill at any
+# moment the file holds at least what was returned, and at most a torn last line, which the next writer cuts off.
+#
+# _Checkpoint names the file by the hash of the request. Opening it takes the lock (_locked), reads what was saved
+# (_saved_in), and compares the header with the request; the Stream resumes from there. A journal that ends with
+# _JOURNAL_END is complete: it is read without a lock, and nothing is requested. Any other damage than a torn last line
+# is a CheckpointError, and so is what the operating system refuses (_file_errors); the file is left as it is.
+#
+# The relay keeps its events in files of the same lines (_Lines).
 
 #: how an answer was made whole, the weakest way last
 _CONTINUITIES = ("single", "replayed", "verified", "restarted", "continued")
@@ -6653,32 +6665,23 @@ _LOCKED_BYTE = (1 << 31) - 2
 _NEW = ".new"
 
 
-def _journal_json(content: Any) -> str:
-    try:
-        return _to_json(content)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"a chunk cannot be kept, for it cannot be written as JSON: {error}") from error
-
-
-def _journal_lines(contents: Iterable[str], checksum: int = 0) -> tuple[bytes, int]:
+def _journal_lines(contents: Iterable[Any], checksum: int = 0) -> tuple[bytes, int]:
     """Lines of JSON, each with the CRC-32 of itself and of all before, so that none can be missing; and the last"""
     lines = []
-    for content in contents:
-        data = content.encode("utf-8", "surrogatepass")
-        checksum = zlib.crc32(data, checksum)
-        lines.append(b"%b %08x\n" % (data, checksum))
+    try:
+        for content in contents:
+            data = _to_json(content).encode("utf-8", "surrogatepass")
+            checksum = zlib.crc32(data, checksum)
+            lines.append(b"%b %08x\n" % (data, checksum))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"a chunk cannot be kept, for it cannot be written as JSON: {error}") from error
     return b"".join(lines), checksum
-
-
-def _journal_of(header: Mapping[str, Any], chunks: Iterable[Chunk]) -> bytes:
-    """A whole journal"""
-    return _journal_lines(map(_journal_json, (header, *map(_chunk_fields, chunks), _JOURNAL_END)))[0]
 
 
 def _chunk_fields(chunk: Chunk) -> dict[str, Any]:
     """What a chunk says, for a line: without ``raw``, and without what is as it is by default"""
-    fields = _changed_fields(chunk)
-    fields.pop("raw", None)
+    defaults = chunk._field_defaults
+    fields = {name: part for name, part in zip(chunk._fields, chunk) if name != "raw" and part != defaults[name]}
     if chunk.tool_calls:
         fields["tool_calls"] = [_changed_fields(call) for call in chunk.tool_calls]
     if chunk.usage is not None:
@@ -6793,31 +6796,52 @@ def _failed(path: str, what: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path} cannot be {what}: {reason}; mend that and try again, for what it holds is kept")
 
 
-def _opened(path: str, flags: int, shared: bool = False) -> io.FileIO | None:
-    """The regular file at a path, for its owner alone where it is made; None where there is none"""
+@contextlib.contextmanager
+def _file_errors(path: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise _failed(path, what, error) from error
+
+
+def _open(path: str, flags: int, shared: bool) -> io.FileIO:
+    """The regular file at a path; FileNotFoundError where there is none"""
     import stat
 
     # a link could lead to any file of the user's, and a pipe would be waited for
     more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    not_regular = CheckpointError(f"{path} is a link or no regular file, and was left as it is: choose another place")
     try:
         descriptor = os.open(path, flags | more, 0o600)
-    except FileNotFoundError as error:
-        if flags & os.O_CREAT:
-            raise _failed(path, "made", error) from error
-        return None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
         if isinstance(error, OSError) and os.path.islink(path):
-            raise _not_regular(path) from error
+            raise not_regular from error
         raise _failed(path, "opened", error) from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise _not_regular(path)
+            raise not_regular
         _check_owner(status, path, shared)
     except CheckpointError:
         os.close(descriptor)
         raise
     return io.FileIO(descriptor, "r" if flags == os.O_RDONLY else "r+")
+
+
+def _opened(path: str, flags: int, shared: bool = False) -> io.FileIO | None:
+    """The regular file at a path; None where there is none"""
+    try:
+        return _open(path, flags, shared)
+    except FileNotFoundError:
+        return None
+
+
+def _created(path: str, flags: int = os.O_APPEND, shared: bool = False) -> io.FileIO:
+    """The regular file at a path, to be written; made where there is none, for its owner alone"""
+    with _file_errors(path, "made"):
+        return _open(path, flags | os.O_RDWR | os.O_CREAT, shared)
 
 
 def _check_owner(status: os.stat_result, path: str, shared: bool) -> None:
@@ -6832,65 +6856,68 @@ def _check_owner(status: os.stat_result, path: str, shared: bool) -> None:
         raise CheckpointError(f"{path} may be written by {who}, and was left as it is: chmod go-w{advice}")
 
 
-def _not_regular(path: str) -> CheckpointError:
-    return CheckpointError(f"{path} is a link or no regular file, and was left as it is: choose another place")
-
-
 def _lock(file: io.FileIO) -> None:
     """Takes the file for this opening of it alone, or raises OSError at once"""
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        file.seek(_LOCKED_BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # Windows alone has them
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _change_lock(file, True)
 
 
 def _unlock(file: io.FileIO) -> None:
     """Gives the file free also where a forked process has it open"""
+    _change_lock(file, False)
+
+
+def _change_lock(file: io.FileIO, is_taken: bool) -> None:
     try:
         import fcntl
     except ImportError:
         import msvcrt
 
         file.seek(_LOCKED_BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+        change = msvcrt.LK_NBLCK if is_taken else msvcrt.LK_UNLCK  # type: ignore[attr-defined]  # Windows alone has them
+        msvcrt.locking(file.fileno(), change, 1)  # type: ignore[attr-defined]
     else:
-        fcntl.flock(file, fcntl.LOCK_UN)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if is_taken else fcntl.LOCK_UN)
+
+
+def _is_locked(file: io.FileIO, path: str) -> bool:
+    """Locks a file, or closes one that was removed before it was locked; CheckpointError where another has the lock"""
+    try:
+        _lock(file)
+        if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+            return True
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            raise CheckpointError(
+                f"{path} is in use by another process or thread: wait for its end, or choose another name",
+                retryable=True,
+            ) from error
+        raise _failed(path, "locked", error) from error
+    file.close()
+    return False
 
 
 def _locked(path: str, flags: int, shared: bool = False) -> io.FileIO | None:
-    """The file at a path, opened and locked; None where there is none, CheckpointError where another has the lock"""
+    """The file at a path, opened and locked; None where there is none"""
     while True:
         file = _opened(path, flags, shared)
-        if file is None:
-            return None
-        try:
-            _lock(file)
-            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
-                return file
-        except FileNotFoundError:
-            pass  # removed between opening and locking: what is locked is nobody's any more
-        except OSError as error:
-            file.close()
-            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-                raise CheckpointError(
-                    f"{path} is in use by another process or thread: wait for its end, or choose another name",
-                    retryable=True,
-                ) from error
-            raise _failed(path, "locked", error) from error
-        file.close()
+        if file is None or _is_locked(file, path):
+            return file
+
+
+def _created_and_locked(path: str, shared: bool = False) -> io.FileIO:
+    while True:
+        file = _created(path, shared=shared)
+        if _is_locked(file, path):
+            return file
 
 
 def _read_whole(file: io.FileIO, path: str) -> bytes:
-    try:
+    with _file_errors(path, "read"):
         file.seek(0)
         return file.readall()
-    except OSError as error:
-        raise _failed(path, "read", error) from error
 
 
 def _saved_at(path: str, shared: bool = False) -> _Saved:
@@ -6904,10 +6931,8 @@ def _saved_at(path: str, shared: bool = False) -> _Saved:
 
 def _make_folder(path: str) -> None:
     folder = os.path.dirname(path) or "."
-    try:
+    with _file_errors(folder, "made"):
         os.makedirs(folder, 0o700, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise _failed(folder, "made", error) from error
 
 
 def _checked_folder(folder: str, shared: bool = False) -> str:
@@ -6918,18 +6943,6 @@ def _checked_folder(folder: str, shared: bool = False) -> str:
         return folder
     _check_owner(status, folder, shared)
     return folder
-
-
-def _write_new(path: str, data: bytes) -> None:
-    """Makes a file, which is on the disk when this returns"""
-    file = _opened(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    assert file is not None  # for it is made where there is none
-    with file:
-        try:
-            _write_all(file, data)
-            os.fsync(file.fileno())
-        except OSError as error:
-            raise _failed(path, "written", error) from error
 
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
@@ -6943,12 +6956,8 @@ def _remove(file: io.FileIO, path: str) -> None:
     if not _CAN_REPLACE_OPEN:
         file.close()
     for name in (path + _NEW, path):
-        try:
+        with _file_errors(name, "removed"), contextlib.suppress(FileNotFoundError):
             os.unlink(name)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise _failed(name, "removed", error) from error
 
 
 class _Lines:
@@ -6968,17 +6977,19 @@ class _Lines:
         #: whether nothing may follow
         self.complete = False
 
-    def write(self, contents: Sequence[str]) -> None:
+    def write(self, contents: Sequence[Any]) -> None:
         """Keeps lines, by one write; where that fails with CheckpointError, the file still has all before them"""
-        file = self._writable()
+        if self._file is None or self.complete:
+            raise CheckpointError(f"{self._path} is complete or closed: open it with refresh=True to write it anew")
         size, checksum = self._end
-        # the header comes with the first line: a file without a chunk is an empty one
-        header = () if size else (_journal_json(self._header),)
-        lines, checksum = _journal_lines((*header, *contents), checksum if size else 0)
-        self.cut()
+        if not size:  # the header comes with the first line: a file without a chunk is an empty one
+            contents, checksum = (self._header, *contents), 0
+        lines, checksum = _journal_lines(contents, checksum)
+        if self._torn:
+            self.cut()
         self._torn = True  # until all is written, also where Ctrl-C comes in between
         try:
-            _write_all(file, lines)
+            _write_all(self._file, lines)
         except OSError as error:
             raise _failed(self._path, "written", error) from error
         self._end = size + len(lines), checksum
@@ -6986,12 +6997,20 @@ class _Lines:
 
     def cut(self) -> None:
         """Cuts off what is behind the last good line"""
-        if self._torn:
-            try:
-                os.ftruncate(self._writable().fileno(), self._end[0])
-            except OSError as error:
-                raise _failed(self._path, "written", error) from error
-            self._torn = False
+        assert self._file is not None
+        with _file_errors(self._path, "written"):
+            os.ftruncate(self._file.fileno(), self._end[0])
+        self._torn = False
+
+    def sync(self) -> None:
+        """Returns when all is on the disk"""
+        assert self._file is not None
+        with _file_errors(self._path, "written"):
+            os.fsync(self._file.fileno())
+
+    def remove(self) -> None:
+        assert self._file is not None
+        _remove(self._file, self._path)
 
     def close(self) -> None:
         """Gives the lock back; may be called again"""
@@ -7000,11 +7019,6 @@ class _Lines:
             with file:
                 if self._process == os.getpid():  # a fork that closes its copy does not end our lock
                     _unlock(file)
-
-    def _writable(self) -> io.FileIO:
-        if self._file is None or self.complete:
-            raise CheckpointError(f"{self._path} is complete or closed: open it with refresh=True to write it anew")
-        return self._file
 
 
 class _Journal(_Lines):
@@ -7043,8 +7057,7 @@ class _Journal(_Lines):
             if saved is not None:
                 _check_header(saved, header, path)
                 return cls(path, header, saved, None)
-        file = _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, shared)
-        assert file is not None  # for it is made where there is none
+        file = _created_and_locked(path, shared)
         try:
             data = _read_whole(file, path)
             saved = _Saved() if refresh and _is_journal(data) else _saved_in(data, path)
@@ -7063,25 +7076,17 @@ class _Journal(_Lines):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def append(self, chunk: Chunk) -> None:
-        """Keeps a chunk, by one write; where that fails with CheckpointError, the file still has all before it"""
-        self.write([_journal_json(_chunk_fields(chunk))])
-
     def note(self, continuity: str) -> None:
         """Keeps how the text was made whole"""
         if continuity != self.continuity:
-            self.write([_journal_json({"continuity": continuity})])
+            self.write([{"continuity": continuity}])
             self.continuity = continuity
 
     def finish(self) -> None:
         """Says that this was all; it is on the disk when this returns"""
-        self.write([_journal_json(_JOURNAL_END)])
-        file = self._writable()
+        self.write([_JOURNAL_END])
         self.complete = True
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            raise _failed(self._path, "written", error) from error
+        self.sync()
 
     def restart(self) -> None:
         """Leaves out what was saved, which is given up when there is something newer, at the first append"""
@@ -7090,13 +7095,15 @@ class _Journal(_Lines):
 
     def replace(self, chunks: Iterable[Chunk]) -> None:
         """Puts these chunks, complete, in the place of what was saved: all or, when killed, none; closes it"""
-        _write_new(self._path + _NEW, _journal_of(self._header, chunks))
+        new = self._path + _NEW
+        with contextlib.closing(_Lines(new, self._header, _created(new, os.O_TRUNC), (0, 0))) as lines:
+            lines.write([*map(_chunk_fields, chunks), _JOURNAL_END])
+            lines.sync()
         if not _CAN_REPLACE_OPEN:
             self.close()
         try:
-            os.replace(self._path + _NEW, self._path)
-        except OSError as error:
-            raise _failed(self._path, "replaced", error) from error
+            with _file_errors(self._path, "replaced"):
+                os.replace(new, self._path)
         finally:
             self.close()
 
@@ -7135,31 +7142,11 @@ def _request_key(request: Any) -> str:
 
 
 #: what a call takes and no answer depends on, or what may hold a key: no part of a request's hash
-_NOT_ASKED = frozenset(
-    (
-        "alignment",
-        "api_key",
-        "breaker",
-        "checkpoint",
-        "client",
-        "deadline",
-        "fallback",
-        "first_timeout",
-        "headers",
-        "idle_timeout",
-        "limiter",
-        "max_answer_size",
-        "max_event_size",
-        "on_retry",
-        "prices",
-        "refresh",
-        "resume",
-        "resume_from",
-        "retry",
-        "session",
-        "timeout",
-    )
-)
+_NOT_ASKED = {
+    *("alignment", "api_key", "breaker", "checkpoint", "client", "deadline", "fallback", "first_timeout", "headers"),
+    *("idle_timeout", "limiter", "max_answer_size", "max_event_size", "on_retry", "prices", "refresh", "resume"),
+    *("resume_from", "retry", "session", "timeout"),
+}
 
 
 class Checkpoints:
@@ -7218,8 +7205,10 @@ class Checkpoints:
 
     def expire(self) -> list[str]:
         """Removes those that are older than ``max_age`` and not in use, and gives their names; none where it is None"""
-        removed = []
-        for path in self._paths() if self._max_age is not None else ():
+        removed: list[str] = []
+        if self._max_age is None:
+            return removed
+        for path in self._paths():
             try:
                 file = _locked(path, os.O_RDONLY, self._shared)
             except CheckpointError as error:
@@ -7228,18 +7217,12 @@ class Checkpoints:
                 raise
             if file is not None:
                 with file:
-                    removed += self._expired(file, path)
+                    is_due = time.time() - os.fstat(file.fileno()).st_mtime > self._max_age
+                    name, is_empty = _name_in(file, path), not os.fstat(file.fileno()).st_size
+                    if is_due and (is_empty or name is not None):
+                        _remove(file, path)
+                        removed += [] if name is None else [name]
         return removed
-
-    def _expired(self, file: io.FileIO, path: str) -> list[str]:
-        """Removes a file if it is due, and gives its name, if it has one"""
-        assert self._max_age is not None
-        status = os.fstat(file.fileno())
-        name = _name_in(file, path)
-        if time.time() - status.st_mtime <= self._max_age or (name is None and status.st_size):
-            return []
-        _remove(file, path)
-        return [] if name is None else [name]
 
     def __iter__(self) -> Iterator[str]:
         for path in self._paths():
@@ -7260,12 +7243,9 @@ class Checkpoints:
     def _paths(self) -> list[str]:
         """The files that may be checkpoints, sorted"""
         _checked_folder(self._folder, self._shared)
-        try:
+        names: list[str] = []
+        with _file_errors(self._folder, "read"), contextlib.suppress(FileNotFoundError):
             names = sorted(os.listdir(self._folder))
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError) as error:
-            raise _failed(self._folder, "read", error) from error
         return [os.path.join(self._folder, name) for name in names if re.fullmatch(_FILE_NAME, name)]
 
 
@@ -7339,13 +7319,11 @@ def _checked_name(name: str) -> str:
 def _name_in(file: io.FileIO, path: str) -> str | None:
     """The name that a file was saved by, None where it was not, or cannot be read"""
     blocks = [b""]
-    try:
+    with _file_errors(path, "read"):
         while b"\n" not in blocks[-1]:
             blocks.append(file.read(_BLOCK))
             if not blocks[-1] or not _is_journal(blocks[1]):
                 return None
-    except OSError as error:
-        raise _failed(path, "read", error) from error
     contents, _, _ = _good_lines(b"".join(blocks).split(b"\n", 1)[:1], path)
     name = contents[0].get("name") if contents else None
     return name if isinstance(name, str) and _file_name(name) == os.path.basename(path) else None
@@ -7360,7 +7338,7 @@ def record(chunks: Iterable[Chunk], path: str | os.PathLike[str]) -> Iterator[Ch
     with _Journal.open(os.fsdecode(path), refresh=True) as journal:
         journal.cut()
         for chunk in chunks:
-            journal.append(chunk)
+            journal.write([_chunk_fields(chunk)])
             yield chunk
         journal.finish()
 
@@ -8283,7 +8261,7 @@ class Stream:
                 self._journal.note(self._continuity)
             # where to go on after a kill is known of events with an id of their own alone
             is_known = not chunk.event_id or self._has_own_id
-            self._journal.append(chunk if is_known else chunk._replace(event_id=""))
+            self._journal.write([_chunk_fields(chunk if is_known else chunk._replace(event_id=""))])
         if self._alignment is not None:
             self._alignment.note(self._answer, self._clock.chunks)
         return chunk
@@ -10361,7 +10339,7 @@ class _FileLog(_Log):
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
         for line in lines:  # each by a write of its own: of one that fails nothing must have been read
-            self._lines.write([_journal_json(line)])
+            self._lines.write([line])
             _relaying.ring(self._id)
 
     def forget(self) -> None:
@@ -10373,7 +10351,7 @@ class _FileLog(_Log):
 
     def discard(self) -> None:
         """Removes what nobody knows of"""
-        _remove(self._lines._writable(), self._lines._path)
+        self._lines.remove()
         os.unlink(self._mark)
 
     def look(self) -> tuple[bool, bool]:
@@ -10506,9 +10484,7 @@ def _is_free(file: io.FileIO) -> bool:
 
 def _make_mark(mark: str) -> None:
     """Makes the file by which others ask to stop, and say that they follow, unless it is there"""
-    file = _opened(mark, os.O_RDWR | os.O_CREAT)
-    assert file is not None  # for it is made where there is none
-    file.close()
+    _created(mark).close()
 
 
 class _Folder:
@@ -10531,7 +10507,7 @@ class _Folder:
         path, mark = self._paths(id)
         _make_folder(path)
         self._expire()
-        lines = _Lines(path, header, _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), (0, 0))
+        lines = _Lines(path, header, _created_and_locked(path), (0, 0))
         try:
             _make_mark(mark)
             lines.write([])
@@ -10669,7 +10645,7 @@ class _RedisLog(_Log):
         number, part, entries = self._number, self._part, []
         for line in lines:
             number, part = (number + 1, 0) if "event" in line else (number, part + 1)
-            entries += [f"{number}-{part}", _journal_json(line)]
+            entries += [f"{number}-{part}", _to_json(line)]
         if entries and not _asked_again(lambda: self._store.redis.eval(*self.arguments(*entries))):
             raise CheckpointError("another process goes on with the stream")
         self._number, self._part = number, part
@@ -12727,8 +12703,7 @@ class _Answers:
     """A file of answers, a line of JSON each, which is only appended to; one process at a time has it"""
 
     def __init__(self, path: str) -> None:
-        file = _locked(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, shared=True)
-        assert file is not None  # for it is made where there is none
+        file = _created_and_locked(path, shared=True)
         self._file, self._path = file, path
         #: the ids of those that are answered
         self.done: set[Any] = set()

@@ -33,6 +33,7 @@ section = sheepsse if hasattr(sheepsse, "Checkpoints") else importlib.import_mod
 
 Checkpoints, CheckpointError = section.Checkpoints, section.CheckpointError
 Journal, record, replay = section._Journal, section.record, section.replay
+fields_of = section._chunk_fields
 
 #: each field in use, line ends and what is no ASCII among them
 FULL = [
@@ -57,7 +58,7 @@ def pieces(count):
 def write(path, chunks, finish=True):
     with Journal.open(path) as journal:
         for chunk in chunks:
-            journal.append(chunk)
+            journal.write([fields_of(chunk)])
         if finish:
             journal.finish()
 
@@ -178,7 +179,7 @@ def test_an_unfinished_journal_is_gone_on_with(path):
     with Journal.open(path) as journal:
         assert (journal.chunks, journal.complete) == (FULL[:2], False)
         for chunk in FULL[2:]:
-            journal.append(chunk)
+            journal.write([fields_of(chunk)])
         journal.finish()
         assert journal.complete
     assert saved(path) == (FULL, True)
@@ -199,9 +200,9 @@ def test_restart_gives_up_what_was_saved_for_something_newer_and_keeps_the_lock(
         assert (journal.chunks, journal.complete, content(path)) == ([], False, before)
         with pytest.raises(CheckpointError, match="in use"):
             Journal.open(path)
-        journal.append(FULL[0])
+        journal.write([fields_of(FULL[0])])
         journal.restart()
-        journal.append(FULL[1])
+        journal.write([fields_of(FULL[1])])
         journal.finish()
     assert saved(path) == ([FULL[1]], True)
 
@@ -212,18 +213,18 @@ def test_refresh_gives_up_what_was_saved_only_for_something_newer(path):
         assert (journal.chunks, journal.complete) == ([], False)
     assert saved(path) == (FULL, True)
     with Journal.open(path, refresh=True) as journal:
-        journal.append(FULL[0])
+        journal.write([fields_of(FULL[0])])
     assert saved(path) == (FULL[:1], False)
 
 
 def test_nothing_can_be_put_after_the_end(path):
     with Journal.open(path) as journal:
         journal.finish()
-        for more in (lambda: journal.append(FULL[0]), journal.finish):
+        for more in (lambda: journal.write([fields_of(FULL[0])]), journal.finish):
             with pytest.raises(CheckpointError, match="complete or closed"):
                 more()
     with Journal.open(path) as journal, pytest.raises(CheckpointError, match="complete or closed"):
-        journal.append(FULL[0])
+        journal.write([fields_of(FULL[0])])
     assert saved(path) == ([], True)
 
 
@@ -232,7 +233,7 @@ def test_a_journal_may_be_closed_twice_and_takes_nothing_then(path):
     journal.close()
     journal.close()
     with pytest.raises(CheckpointError, match="closed"):
-        journal.append(FULL[0])
+        journal.write([fields_of(FULL[0])])
 
 
 def test_a_chunk_that_is_no_json_is_an_error_that_leaves_the_journal_good(path):
@@ -242,8 +243,8 @@ def test_a_chunk_that_is_no_json_is_an_error_that_leaves_the_journal_good(path):
     with Journal.open(path) as journal:
         for vendor in ({"a": object()}, deep):
             with pytest.raises(CheckpointError, match="JSON"):
-                journal.append(Chunk(vendor=vendor))
-        journal.append(FULL[0])
+                journal.write([fields_of(Chunk(vendor=vendor))])
+        journal.write([fields_of(FULL[0])])
     assert saved(path) == (FULL[:1], False)
     while deep:  # a chain this long must not be freed at once, by 3.8
         deep = deep.pop("")
@@ -328,7 +329,7 @@ def test_a_file_holds_neither_prompt_nor_key(tmp_path):
     store = Checkpoints(tmp_path)
     key = store.key("a-secret-prompt", model="m", api_key="sk-secret-key", headers={"Authorization": "sk-secret-key"})
     with section._as_checkpoint(tmp_path).open(key) as journal:
-        journal.append(Chunk(text="answer", raw={"prompt": "a-secret-prompt"}))
+        journal.write([fields_of(Chunk(text="answer", raw={"prompt": "a-secret-prompt"}))])
     (file,) = tmp_path.iterdir()
     assert file.name == f"{key}.jsonl"
     assert b"secret" not in file.read_bytes()
@@ -337,7 +338,7 @@ def test_a_file_holds_neither_prompt_nor_key(tmp_path):
 
 def test_a_second_thread_is_refused_at_once(path):
     with Journal.open(path) as journal:
-        journal.append(FULL[0])
+        journal.write([fields_of(FULL[0])])
         errors = []
 
         def other():
@@ -347,7 +348,7 @@ def test_a_second_thread_is_refused_at_once(path):
 
         with in_another_thread(other):
             pass  # it ends while the journal is held
-        journal.append(FULL[1])
+        journal.write([fields_of(FULL[1])])
     assert re.search("in use by another process or thread", str(errors[0]))
     assert path in str(errors[0])
     assert errors[0].retryable
@@ -441,7 +442,7 @@ def test_a_file_that_is_gone_when_it_is_locked_is_not_written(path, monkeypatch,
     with Journal.open(path) as journal:
         assert journal.chunks == ([] if instead == "nothing" else FULL[:2])
         for chunk in FULL[len(journal.chunks) :]:
-            journal.append(chunk)
+            journal.write([fields_of(chunk)])
         journal.finish()
     assert saved(path) == (FULL, True)
 
@@ -487,10 +488,10 @@ def test_windows_locks_a_byte_that_no_reader_wants(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "msvcrt", windows)
     monkeypatch.setattr(section, "_CAN_REPLACE_OPEN", False)
     with Journal.open(path) as journal:
-        journal.append(FULL[0])
+        journal.write([fields_of(FULL[0])])
         with pytest.raises(CheckpointError, match="in use"):
             Journal.open(path)
-        journal.append(FULL[1])
+        journal.write([fields_of(FULL[1])])
     assert windows.locked == {}
     assert windows.positions == {2**31 - 2}
     assert saved(path) == (FULL[:2], False)
@@ -498,7 +499,7 @@ def test_windows_locks_a_byte_that_no_reader_wants(path, monkeypatch):
 
 
 def test_windows_has_a_file_closed_before_it_is_replaced_or_removed(tmp_path, monkeypatch):
-    opened = section._opened
+    opened = section._open
     files = []
 
     def noted(*arguments):
@@ -514,7 +515,7 @@ def test_windows_has_a_file_closed_before_it_is_replaced_or_removed(tmp_path, mo
         return checked
 
     monkeypatch.setattr(section, "_CAN_REPLACE_OPEN", False)
-    monkeypatch.setattr(section, "_opened", noted)
+    monkeypatch.setattr(section, "_open", noted)
     monkeypatch.setattr(os, "replace", all_closed(os.replace))
     monkeypatch.setattr(os, "unlink", all_closed(os.unlink))
     store = Checkpoints(tmp_path)
@@ -563,7 +564,7 @@ def test_a_file_cut_off_at_any_byte_gives_a_prefix_and_can_be_finished(path):
             assert not journal.complete
             assert journal.chunks == FULL[:count]
             for chunk in FULL[count:]:
-                journal.append(chunk)
+                journal.write([fields_of(chunk)])
             journal.finish()
         assert content(path) == whole
 
@@ -599,7 +600,7 @@ def test_a_flipped_byte_never_gives_a_wrong_chunk(path, flip):
 @settings(max_examples=200, suppress_health_check=SLOW_FILES)
 @given(st.binary(max_size=60), st.integers(0, 10_000), st.integers(0, 10_000))
 def test_any_other_bytes_in_the_middle_never_give_a_wrong_chunk(path, other, start, length):
-    whole = section._journal_of({"sheepsse": 1}, FULL)
+    whole = section._journal_lines([{"sheepsse": 1}, *map(fields_of, FULL), {"complete": True}])[0]
     start %= len(whole)
     with open(path, "wb") as file:
         file.write(whole[:start] + other + whole[start + length % (len(whole) - start) :])
@@ -612,7 +613,7 @@ def test_any_other_bytes_in_the_middle_never_give_a_wrong_chunk(path, other, sta
 
 
 def test_another_version_is_left_alone(path):
-    line, _ = section._journal_lines([section._journal_json({"sheepsse": 2, "name": "new"})])
+    line, _ = section._journal_lines([{"sheepsse": 2, "name": "new"}])
     for data in (line, line + b"in a form of its own\n" * 3, b'{"sheepsse":20}\n'):
         with open(path, "wb") as file:
             file.write(data)
@@ -640,7 +641,7 @@ def test_refresh_replaces_what_is_damaged(path):
     with pytest.raises(CheckpointError, match="is damaged"):
         Journal.open(path)
     with Journal.open(path, refresh=True) as journal:
-        journal.append(FULL[0])
+        journal.write([fields_of(FULL[0])])
         journal.finish()
     assert saved(path) == (FULL[:1], True)
 
@@ -653,7 +654,7 @@ def test_refresh_replaces_what_is_damaged(path):
 def test_a_line_that_is_no_chunk_is_damage(path, content_of_line):
     data, checksum = b"", 0
     for line in ({"sheepsse": 1}, content_of_line, {"text": "a"}):
-        made, checksum = section._journal_lines([section._journal_json(line)], checksum)
+        made, checksum = section._journal_lines([line], checksum)
         data += made
     with open(path, "wb") as file:
         file.write(data)
@@ -662,7 +663,7 @@ def test_a_line_that_is_no_chunk_is_damage(path, content_of_line):
 
 
 def test_a_line_that_is_no_json_is_damage(path, no_collection):
-    header, checksum = section._journal_lines([section._journal_json({"sheepsse": 1})])
+    header, checksum = section._journal_lines([{"sheepsse": 1}])
     for data in (b"{", b"\xff", b"[" * 100_000):
         with open(path, "wb") as file:
             file.write(header + b"%b %08x\n" % (data, zlib.crc32(data, checksum)))
@@ -740,9 +741,9 @@ def test_a_writer_that_tries_again_after_a_failure_writes_it_once(path, monkeypa
                 with monkeypatch.context() as patched:
                     patched.setattr(os, "write", sometimes)
                     with contextlib.suppress(CheckpointError):
-                        journal.append(chunk)
+                        journal.write([fields_of(chunk)])
                         break
-                journal.append(chunk)
+                journal.write([fields_of(chunk)])
                 break
         journal.finish()
     assert saved(path) == (FULL, True)
@@ -761,8 +762,8 @@ def test_ctrl_c_in_a_write_leaves_a_journal_that_is_good_for_more(path, monkeypa
         for chunk in FULL:
             with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
                 patched.setattr(os, "write", interrupted)
-                journal.append(chunk)
-            journal.append(chunk)
+                journal.write([fields_of(chunk)])
+            journal.write([fields_of(chunk)])
         journal.finish()
     assert saved(path) == (FULL, True)
 
@@ -895,7 +896,7 @@ def test_a_read_only_folder_refuses_what_is_new_and_gives_what_is_complete():
         store.save("whole", "text")
         key = store.key("q")
         with section._as_checkpoint(folder).open(key) as journal:
-            journal.append(FULL[0])
+            journal.write([fields_of(FULL[0])])
             journal.finish()
         for name in os.listdir(folder):
             os.chmod(os.path.join(folder, name), 0o444)
@@ -930,7 +931,7 @@ def answer_with_journal(path, chunks, receive):
             receive(chunk)
         if not journal.complete:
             for chunk in chunks[len(journal.chunks) :]:
-                journal.append(chunk)
+                journal.write([fields_of(chunk)])
                 receive(chunk)
             journal.finish()
 
@@ -1065,7 +1066,7 @@ def test_a_rerun_killed_at_each_moment_too_goes_on_where_it_was(tmp_path):
         with Journal.open(path) as journal:
             journal.restart()
             for chunk in chunks:
-                journal.append(chunk)
+                journal.write([fields_of(chunk)])
             journal.finish()
 
     for work in (go_on, begin_afresh):
@@ -1144,7 +1145,7 @@ def test_an_unfinished_checkpoint_is_loaded_as_far_as_it_came(tmp_path):
     store = Checkpoints(tmp_path)
     with store.named("a").open("0" * 64) as journal:
         for chunk in FULL:
-            journal.append(chunk)
+            journal.write([fields_of(chunk)])
         assert store.load("a") == sheepsse.collect(FULL)._replace(complete=False)
         journal.finish()
     assert store.load("a") == sheepsse.collect(FULL)
@@ -1161,7 +1162,7 @@ def test_save_replaces_what_there_was(tmp_path):
 def test_what_is_being_written_is_neither_saved_over_nor_cleared(tmp_path):
     store = Checkpoints(tmp_path, max_age=-1)
     with store.named("a").open("0" * 64) as journal:
-        journal.append(FULL[1])
+        journal.write([fields_of(FULL[1])])
         for attempt in (lambda: store.save("a", "other"), lambda: store.clear("a")):
             with pytest.raises(CheckpointError, match="in use"):
                 attempt()
@@ -1187,7 +1188,7 @@ def test_a_name_belongs_to_one_request(tmp_path):
     store = Checkpoints(tmp_path)
     first, second = store.key("one"), store.key("two")
     with store.named("a").open(first) as journal:
-        journal.append(FULL[1])
+        journal.write([fields_of(FULL[1])])
     with pytest.raises(CheckpointError, match=r"'a' holds the answer to another request .*clear\(\).*refresh=True"):
         store.named("a").open(second)
     with store.named("a").open(first) as journal:
@@ -1196,7 +1197,7 @@ def test_a_name_belongs_to_one_request(tmp_path):
     with pytest.raises(CheckpointError, match="another request"):
         store.named("a").open(second)
     with store.named("a").open(second, refresh=True) as journal:
-        journal.append(FULL[2])
+        journal.write([fields_of(FULL[2])])
     with pytest.raises(CheckpointError, match="another request"):
         store.named("a").open(first)
     store.save("b", "text")
@@ -1218,7 +1219,7 @@ def test_a_folder_names_checkpoints_by_the_request(tmp_path):
     key = store.key("q")
     for place in (str(tmp_path), tmp_path, store, store.named(key)):
         with section._as_checkpoint(place).open(key) as journal:
-            journal.append(FULL[1])
+            journal.write([fields_of(FULL[1])])
         assert list(store) == [key]
         assert store.load(key).text.startswith(FULL[1].text)
     for place in (1, b"folder", None):

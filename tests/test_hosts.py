@@ -804,7 +804,7 @@ HOSTILE = {
 @pytest.mark.parametrize("line", HOSTILE)
 def test_a_hostile_checkpoint_with_right_checksums_is_an_error_of_ours(server, client, tmp_path, line):
     lines = [{"sheepsse": 1}, {"text": "a", "event_id": ""}, HOSTILE[line]]
-    data, _ = sheepsse._journal_lines(map(json.dumps, lines))
+    data, _ = sheepsse._journal_lines(lines)
     path = tmp_path / "planted"
     path.write_bytes(data)
     path.chmod(0o600)
@@ -814,7 +814,7 @@ def test_a_hostile_checkpoint_with_right_checksums_is_an_error_of_ours(server, c
 
 @pytest.mark.parametrize("header", [[], 5, None, "x"])
 def test_a_header_that_is_none_is_an_error_of_ours(tmp_path, header):
-    data, _ = sheepsse._journal_lines([json.dumps(header)])
+    data, _ = sheepsse._journal_lines([header])
     (tmp_path / "planted").write_bytes(data)
     with pytest.raises(CheckpointError):
         list(sheepsse.replay(tmp_path / "planted"))

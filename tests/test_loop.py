@@ -190,11 +190,12 @@ MORE = 3 if sys.version_info < (3, 12) else 0
 
 
 @pytest.mark.parametrize(("ids", "most"), [("none", 16), ("numbers", 18)])
-@pytest.mark.parametrize("way", ["text", "chunks()"])
-def test_a_chunk_that_arrives_alone_takes_few_calls(server, client, way, ids, most):
+@pytest.mark.parametrize(("way", "more"), [("text", 0), ("chunks()", 0), ("checkpoint", 4)])
+def test_a_chunk_that_arrives_alone_takes_few_calls(server, client, tmp_path, way, more, ids, most):
     server.answer(Answer(text=" ".join(map(str, range(100))), pace=0.002, ids=ids))
-    stream = client.stream("Go")
-    chunks = stream if way == "text" else stream.chunks()
+    stream = client.stream("Go", checkpoint=tmp_path if way == "checkpoint" else None)
+    chunks = stream.chunks() if way == "chunks()" else stream
+    most += more + (2 if more and ids == "numbers" else 0)  # whether the id is the chunk's own
     for _ in range(70):
         next(chunks)
     number, own, others = calls_for(chunks)
