@@ -2178,7 +2178,8 @@ def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]
     """The counts of a usage, by the names of _COUNTS, and its cost; what is no count is missing"""
     counts: dict[str, Any] = {}
     wholes = {_PART_OF[part] for part in excluded}
-    for place, value in _members(wire):
+    inner = {f"{name}.{part}": each for name, value in wire.items() for part, each in _dict(value).items()}
+    for place, value in (*wire.items(), *inner.items()):
         name, count = _COUNT_AT.get(place), _count(value, -1)
         if name and count >= 0:  # the larger of two has more in it
             counts[name] = (min if name in wholes else max)(counts.get(name, count), count)
@@ -2190,16 +2191,6 @@ def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]
         counts["cache_write"] = sum(kept)
     money = _money(wire.get("cost"))  # OpenRouter; Perplexity's is an object
     return counts if money is None else {**counts, "cost": money}
-
-
-def _members(wire: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a usage has at which place, such as ``a.b``"""
-    for name, value in wire.items():
-        if isinstance(value, dict):
-            for inner, each in value.items():
-                yield f"{name}.{inner}", each
-        else:
-            yield name, value
 
 
 class _Part:
@@ -2431,13 +2422,14 @@ def _result_text(content: Any) -> str:
     return _plain_text(content)
 
 
-class _Image:
+class _Image(NamedTuple):
     """A part ``{"type": "image_url", "image_url": {"url": ...}}``, taken apart"""
 
-    def __init__(self, url: str, data: str, media_type: str, detail: str) -> None:
-        self.url, self.media_type, self.detail = url, media_type, detail
-        #: of a data: URL, else ""
-        self.data = data
+    url: str
+    #: of a data: URL, else ""
+    data: str
+    media_type: str
+    detail: str
 
 
 def _image(part: Any) -> _Image | None:
@@ -3122,11 +3114,17 @@ class _Responses(Dialect):
 
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
-        params = dict(params)
+        params, is_stored = dict(params), params.get("store") is not False
         limit = _moved(params, {"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"})
         body = {
             "model": model,
-            "input": cls._items_of(_identified(_checked_messages(messages)), params.get("store") is not False),
+            # reasoning that is neither stored there nor sent along cannot be found
+            "input": [
+                item
+                for message in _identified(_checked_messages(messages))
+                for item in cls._input(message)
+                if is_stored or item.get("type") != "reasoning" or item.get("encrypted_content")
+            ],
             "stream": stream,
             **limit,
         }
@@ -3138,12 +3136,6 @@ class _Responses(Dialect):
             named = function and {"type": "function", "name": function.get("name")}
             body["tool_choice"] = named or choice
         return {**body, **params}
-
-    @classmethod
-    def _items_of(cls, messages: list[Mapping[str, Any]], stored: bool) -> list[Any]:
-        items = [item for message in messages for item in cls._input(message)]
-        # reasoning that is neither stored there nor sent along cannot be found
-        return [item for item in items if stored or item.get("type") != "reasoning" or item.get("encrypted_content")]
 
     @classmethod
     def _input(cls, message: Mapping[str, Any]) -> list[Any]:
@@ -3618,23 +3610,17 @@ def _set_partial(error: SheepError, answer: _Answer, events: Sequence[Sequence[A
     error.resume_point = answer.resume_point(events)._replace(pause=error._pause)
 
 
-class _Reported:
+class _Reported(NamedTuple):
     """What an error object says, whichever vendor's shape it has"""
 
-    def __init__(
-        self,
-        message: str,
-        code: str | int | None = None,
-        type: str = "",
-        details: Any = None,
-        request_id: str = "",
-        statuses: frozenset[int] = frozenset(),
-    ) -> None:
-        self.message, self.code, self.type, self.request_id = message, code, type, request_id
-        #: the parts that Gemini and Anthropic put beside the message
-        self.details = details
-        #: what it holds of HTTP statuses, wherever they stand
-        self.statuses = statuses
+    message: str
+    code: str | int | None = None
+    type: str = ""
+    #: the parts that Gemini and Anthropic put beside the message
+    details: Any = None
+    request_id: str = ""
+    #: what it holds of HTTP statuses, wherever they stand
+    statuses: frozenset[int] = frozenset()
 
     @property
     def may_pass(self) -> bool:
@@ -3778,19 +3764,11 @@ def _stream_error(reported: _Reported) -> StreamError:
 
 
 #: error codes and types that mean money or a quota is spent, which no waiting mends
-_QUOTA_CODES = frozenset(
-    {
-        "insufficient_quota",
-        "insufficient_user_quota",
-        "billing_hard_limit_reached",
-        "billing_not_active",
-        "billing_error",
-        "contract_spend_limit_reached",
-        "enforced_spend_limit_reached",
-        "insufficient_balance_error",  # MiniMax
-        "Arrearage",  # DashScope
-    }
-)
+_QUOTA_CODES = {
+    *("insufficient_quota", "insufficient_user_quota", "billing_hard_limit_reached", "billing_not_active"),
+    *("billing_error", "contract_spend_limit_reached", "enforced_spend_limit_reached"),
+    *("insufficient_balance_error", "Arrearage"),  # MiniMax, DashScope
+}
 #: the same where no code says so
 _QUOTA_MESSAGE = r"(?i)\binsufficient (account )?(balance|credits?|funds)\b"
 _MODEL_CODES = frozenset({"model_not_found", "DeploymentNotFound", "not_found_error", "invalid_model"})
@@ -8792,40 +8770,13 @@ class Client:
             if self._own_session is not None:
                 self._own_session.close()
 
-    def stream(
-        self,
-        messages: str | Sequence[Mapping[str, Any]],
-        *,
-        model: str | None = None,
-        checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
-        refresh: bool = False,
-        resume: str | Sequence[str] = "auto",
-        resume_from: SheepError | ResumePoint | Mapping[str, Any] | Sequence[Any] | None = None,
-        fallback: bool = False,
-        alignment: TokenAlignment | None = None,
-        deadline: float | None = None,
-        on_retry: Callable[[SheepError, int, float], object] | None = None,
-        **params: Any,
-    ) -> Stream:
-        """The answer to ``messages`` as a Stream; see ``sheepsse.stream``"""
-        terms = _Terms(deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
-        return _stream_of(self, messages, model, params, terms, fallback=fallback)
+    def stream(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Stream:
+        """The answer to ``messages`` as a Stream; takes what ``sheepsse.stream`` takes"""
+        return stream(messages, client=self, **options)
 
-    def complete(
-        self,
-        messages: str | Sequence[Mapping[str, Any]],
-        *,
-        model: str | None = None,
-        checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None = None,
-        refresh: bool = False,
-        alignment: TokenAlignment | None = None,
-        deadline: float | None = None,
-        on_retry: Callable[[SheepError, int, float], object] | None = None,
-        **params: Any,
-    ) -> Completion:
-        """The answer to ``messages``, whole; see ``sheepsse.complete``"""
-        terms = _Terms(deadline, on_retry, checkpoint, refresh, alignment=alignment)
-        return _completed(_stream_of(self, messages, model, params, terms, is_streamed=False))
+    def complete(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Completion:
+        """The answer to ``messages``, whole; takes what ``sheepsse.complete`` takes"""
+        return complete(messages, client=self, **options)
 
     def _sender(
         self,
