@@ -1309,9 +1309,10 @@ def iter_json_lines(
 class _JSONDecoder:
     """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
 
-    #: what can change where a brace stands: a string's end or an escape inside it, else quotes and braces
-    _IN_STRING = re.compile(rb'["\\]')
-    _OUTSIDE = re.compile(rb'["{}]')
+    #: the rest of a string, with its end, or with a backslash that is the last byte of a block
+    _IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*(["\\]?)', re.DOTALL)
+    #: whole strings and all else, up to a brace, or to the beginning of a string that is not whole
+    _OUTSIDE = re.compile(rb'[^"{}]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"{}]*)*(["{}]?)', re.DOTALL)
     #: what may stand between two objects
     _BETWEEN = re.compile(rb"[\s,\[\]]*")
 
@@ -1363,39 +1364,29 @@ class _JSONDecoder:
     def _inside(self, block: bytes, start: int, events: list[ServerSentEvent]) -> int:
         """Reads on to the end of the object or of the block, and says how far that was"""
         position = start
-        while self._depth:
+        while self._depth and position < len(block):
             if self._escaped:  # the byte after a backslash means nothing
-                self._escaped = False
-                position += 1
-            match = (self._IN_STRING if self._in_string else self._OUTSIDE).search(block, position)
-            if match is None:
-                position = len(block)
-                break
-            position = match.end()
-            self._mark(match.group())
-            if self._escaped and position == len(block):
-                break
-        self._keep(block[start:position])
-        if not self._depth:
-            events.append(ServerSentEvent(data=_decode(self._object)))
-            self._object, self.is_first = bytearray(), False
-        return position
-
-    def _mark(self, mark: bytes) -> None:
-        if mark == b"\\":
-            self._escaped = True
-        elif mark == b'"':
-            self._in_string = not self._in_string
-        else:
-            self._depth += 1 if mark == b"{" else -1
-
-    def _keep(self, piece: bytes) -> None:
-        self._object += piece
+                self._escaped, position = False, position + 1
+                continue
+            match = (self._IN_STRING if self._in_string else self._OUTSIDE).match(block, position)
+            assert match is not None  # for nothing at all matches, too
+            position, mark = match.end(), match.group(1)
+            if mark == b'"':
+                self._in_string = not self._in_string
+            elif mark == b"\\":
+                self._escaped = True
+            elif mark:
+                self._depth += 1 if mark == b"{" else -1
+        self._object += block[start:position]
         if len(self._object) > self._max_event_size:
             raise InvalidStreamError(
                 f"a JSON object of the stream is larger than {self._max_event_size} bytes; "
                 "raise max_event_size if that is meant"
             )
+        if not self._depth:
+            events.append(ServerSentEvent(data=_decode(self._object)))
+            self._object, self.is_first = bytearray(), False
+        return position
 
     def flush(self) -> list[ServerSentEvent]:
         if self._failure:
@@ -2178,11 +2169,15 @@ def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]
     """The counts of a usage, by the names of _COUNTS, and its cost; what is no count is missing"""
     counts: dict[str, Any] = {}
     wholes = {_PART_OF[part] for part in excluded}
-    inner = {f"{name}.{part}": each for name, value in wire.items() for part, each in _dict(value).items()}
-    for place, value in (*wire.items(), *inner.items()):
-        name, count = _COUNT_AT.get(place), _count(value, -1)
-        if name and count >= 0:  # the larger of two has more in it
-            counts[name] = (min if name in wholes else max)(counts.get(name, count), count)
+    places = list(wire.items())
+    for name, value in wire.items():
+        if isinstance(value, dict):
+            places += [(f"{name}.{part}", each) for part, each in value.items()]
+    for place, value in places:
+        known = _COUNT_AT.get(place)
+        count = _count(value, -1) if known else -1
+        if known and count >= 0:  # the larger of two has more in it
+            counts[known] = (min if known in wholes else max)(counts.get(known, count), count)
     extra = _count(wire.get("toolUsePromptTokenCount"))  # Gemini counts it beside the input
     if extra:
         counts["input"] = counts.get("input", 0) + extra
@@ -3024,28 +3019,28 @@ class _Gemini(Dialect):
             if error is not None and self._failure is None:
                 self._failure = _stream_error(error)
             parts = [_dict(part) for part in _list(_dict(candidate.get("content")).get("parts"))]
-            texts: dict[bool, str] = {False: "", True: ""}  # of thoughts, or not
-            for part in parts:
-                texts[bool(part.get("thought"))] += _text(part.get("text"))
-            read.append((_count(candidate.get("index"), position), candidate, parts, texts))
-        self._choices.note([(sent, texts[False]) for sent, _, _, texts in read])
+            text = "".join([_text(part.get("text")) for part in parts if not part.get("thought")])
+            read.append((_count(candidate.get("index"), position), candidate, parts, text))
+        self._choices.note([(sent, text) for sent, _, _, text in read])
         chunks = [
-            self._candidate(candidate, parts, self._choices.index(sent), texts, named)
-            for sent, candidate, parts, texts in read
+            self._candidate(candidate, parts, self._choices.index(sent), text, named)
+            for sent, candidate, parts, text in read
         ]
         self.finished, self.whole = self._choices.finished, self._choices.whole
         return chunks
 
     def _candidate(
-        self, candidate: dict[str, Any], parts: list[dict[str, Any]], index: int, texts: dict[bool, str], named: Chunk
+        self, candidate: dict[str, Any], parts: list[dict[str, Any]], index: int, text: str, named: Chunk
     ) -> Chunk:
         whole = self._whole.setdefault(index, _Parts())
         whole.extend(parts)
         reason, known = _text(candidate.get("finishReason")), self._calls.setdefault(index, {})
+        reasoning = ""
         calls: tuple[ToolCall, ...] = ()
-        if any("functionCall" in part for part in parts):
+        if any("functionCall" in part or "thought" in part for part in parts):
+            reasoning = "".join([_text(part.get("text")) for part in parts if part.get("thought")])
             calls = tuple(self._tool_calls(parts, known))
-        chunk = named._replace(text=texts[False], reasoning=texts[True], tool_calls=calls, index=index)
+        chunk = named._replace(text=text, reasoning=reasoning, tool_calls=calls, index=index)
         self._choices.end(index, reason, _says(chunk))
         self._token = candidate.get("continuationToken") or self._token
         if not reason:
@@ -3657,6 +3652,8 @@ def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
         payload = payload[0] if payload else None
     if not isinstance(payload, dict):
         return _Reported(_text(payload)) if certain else None
+    if not certain and _ERROR_MEMBERS.isdisjoint(payload) and {"type", "message", "object"}.isdisjoint(payload):
+        return None  # as almost all are
     may_be = any(map(payload.get, _ERROR_MEMBERS.intersection(payload))) or "error" in _text(payload.get("type"))
     if not (certain or may_be or payload.get("object") == "error" or payload.keys() <= {"message", "request_id"}):
         return None
