@@ -96,83 +96,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "CHAT_PAGE",
-    "DIALECTS",
-    "PROVIDERS",
-    "RETRYABLE_STATUS",
-    "SSE_HEADERS",
-    "AlignmentReport",
-    "AuthenticationError",
-    "Batch",
-    "BatchSummary",
-    "CheckpointError",
-    "Checkpoints",
-    "Chunk",
-    "CircuitBreaker",
-    "CircuitOpenError",
-    "Client",
-    "Completion",
-    "ConnectError",
-    "CostMix",
-    "Dialect",
-    "Health",
-    "InvalidRequestError",
-    "InvalidStreamError",
-    "Limiter",
-    "LimiterStats",
-    "MissingExtraError",
-    "ModelNotFoundError",
-    "Price",
-    "Provider",
-    "QueueFullError",
-    "QueueTimeoutError",
-    "QuotaError",
-    "RateLimitError",
-    "Relay",
-    "Result",
-    "ResumePoint",
-    "Retry",
-    "SSEClient",
-    "SSEDecoder",
-    "ServerError",
-    "ServerSentEvent",
-    "SheepError",
-    "Slot",
-    "Stream",
-    "StreamCancelled",
-    "StreamError",
-    "StreamInterrupted",
-    "StreamStats",
-    "StreamTimeout",
-    "TokenAlignment",
-    "TokenBucket",
-    "TokenMismatchError",
-    "ToolCall",
-    "Usage",
-    "batch",
-    "collect",
-    "compare_costs",
-    "complete",
-    "cost",
-    "count_tokens",
-    "drain",
-    "encode_event",
-    "flask_blueprint",
-    "iter_bytes",
-    "iter_chunks",
-    "iter_events",
-    "iter_json_lines",
-    "iter_sse",
-    "iter_text",
-    "main",
-    "parse_line",
-    "record",
-    "relay",
-    "replay",
-    "session",
-    "stream",
-    "wsgi_app",
-]
+    "CHAT_PAGE", "DIALECTS", "PROVIDERS", "RETRYABLE_STATUS", "SSE_HEADERS", "AlignmentReport",
+    "AuthenticationError", "Batch", "BatchSummary", "CheckpointError", "Checkpoints", "Chunk",
+    "CircuitBreaker", "CircuitOpenError", "Client", "Completion", "ConnectError", "CostMix",
+    "Dialect", "Health", "InvalidRequestError", "InvalidStreamError", "Limiter", "LimiterStats",
+    "MissingExtraError", "ModelNotFoundError", "Price", "Provider", "QueueFullError",
+    "QueueTimeoutError", "QuotaError", "RateLimitError", "Relay", "Result", "ResumePoint", "Retry",
+    "SSEClient", "SSEDecoder", "ServerError", "ServerSentEvent", "SheepError", "Slot", "Stream",
+    "StreamCancelled", "StreamError", "StreamInterrupted", "StreamStats", "StreamTimeout",
+    "TokenAlignment", "TokenBucket", "TokenMismatchError", "ToolCall", "Usage", "batch", "collect",
+    "compare_costs", "complete", "cost", "count_tokens", "drain", "encode_event", "flask_blueprint",
+    "iter_bytes", "iter_chunks", "iter_events", "iter_json_lines", "iter_sse", "iter_text", "main",
+    "parse_line", "record", "relay", "replay", "session", "stream", "wsgi_app",
+]  # fmt: skip
 
 _log = logging.getLogger("sheepsse")
 _log.addHandler(logging.NullHandler())
@@ -584,6 +520,11 @@ class _Secrets:
             if shown != self.hide(shown):
                 error.__cause__ = error.__context__ = None
                 return
+
+
+@functools.lru_cache(16)  # a long key has many pieces
+def _secrets_of(headers: tuple[tuple[str, Any], ...], url: str, proxies: tuple[tuple[str, str], ...]) -> _Secrets:
+    return _Secrets(dict(headers), url, dict(proxies))
 
 
 def _base64_forms(word: str) -> list[str]:
@@ -8832,7 +8773,8 @@ class Client:
     def _secrets(self, target: _Target) -> _Secrets:
         """What a call to the target must not show: its key, what a session of the caller's own adds, proxies"""
         headers = {**(getattr(self._session, "headers", None) or {}), **target.key_headers}
-        return _Secrets(headers, target.base_url, {**_environment_proxies(), **self._connection.get("proxies", {})})
+        proxies = {**_environment_proxies(), **self._connection.get("proxies", {})}
+        return _secrets_of(tuple(headers.items()), target.base_url, tuple(proxies.items()))
 
     def _request_options(self) -> Mapping[str, Any]:
         """What a session of the caller's own is told with each request; ours knows it"""
