@@ -8710,11 +8710,11 @@ class Client:
 
     def stream(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Stream:
         """The answer to ``messages`` as a Stream; takes what ``sheepsse.stream`` takes"""
-        return stream(messages, client=self, **options)
+        return _own_stream(messages, client=self, **options)
 
     def complete(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Completion:
         """The answer to ``messages``, whole; takes what ``sheepsse.complete`` takes"""
-        return complete(messages, client=self, **options)
+        return _own_complete(messages, client=self, **options)
 
     def _sender(
         self,
@@ -8977,6 +8977,10 @@ def _clients_of(client: Client | Sequence[Client] | None, params: dict[str, Any]
     if not clients:
         raise ValueError("client= is a Client, or a list of one or more")
     return clients, bool(own) and "session" not in own
+
+
+#: for a Client's methods, which a test may put in the place of the functions
+_own_stream, _own_complete = stream, complete
 
 
 def _stream_of(
