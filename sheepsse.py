@@ -8354,7 +8354,6 @@ class Stream:
 
     def _resumed_from_elsewhere(self, names: Sequence[str]) -> bool:
         """Whether there is a connection for an answer of which some was received before, by another call"""
-        names = [name for name in names if name != "restart"]
         return self._tried(names, self._state()._replace(dialect=None, given=None), None)
 
     def _state(self) -> _Lost:
@@ -8377,7 +8376,7 @@ class Stream:
         for name in names:
             wait_for = lost
             for plan in _STRATEGIES[name](state):
-                if has_ended and not plan.is_billed:
+                if (has_ended and not plan.is_billed) or (plan.is_fresh and lost is None):
                     continue
                 if plan.is_billed and (is_spent or self._refusal(plan) in self._sender.client._refusing):
                     continue
