@@ -2139,7 +2139,9 @@ class _Part:
 
     def append(self, name: str, piece: str) -> None:
         """More text of a field"""
-        self._texts.setdefault(name, _Text()).add(piece)
+        if name not in self._texts:
+            self._texts[name] = _Text()
+        self._texts[name].add(piece)
 
     def gather(self, name: str, item: Any) -> None:
         """One more item of a field that is a list"""
@@ -2504,7 +2506,7 @@ class _Anthropic(Dialect):
         self._calls: dict[int, _OpenCall] = {}  # the tool call that the block of an index is
         self._call_count = 0
         self._container = ""
-        self._event_kinds: dict[str, Callable[[dict[str, Any], Chunk], Iterator[Chunk]]] = {
+        self._event_kinds: dict[str, Callable[[dict[str, Any], Chunk], list[Chunk]]] = {
             "message_start": self._message_start,
             "content_block_start": self._block_start,
             "content_block_delta": self._block_delta,
@@ -2622,13 +2624,14 @@ class _Anthropic(Dialect):
             return []
         # a message is known by its type alone: any event without a name has this one
         kind = _text(payload.get("type")) or (event.event if event.event != "message" else "")
-        error = _reported_error(payload, "error" in (kind, event.event))
-        if error is not None:
-            raise _stream_error(error)
         read = self._event_kinds.get(kind)
-        return [] if read is None else list(read(payload, Chunk(event_id=event.id or "", raw=payload)))
+        if read is None or event.event == "error" or not _ERROR_MEMBERS.isdisjoint(payload):
+            error = _reported_error(payload, "error" in (kind, event.event))
+            if error is not None:
+                raise _stream_error(error)
+        return [] if read is None else read(payload, Chunk(event_id=event.id or "", raw=payload))
 
-    def _message_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _message_start(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
         message = _dict(payload.get("message"))
         id = _text(message.get("id"))
         if self._id is not None and (id != self._id or self._blocks):
@@ -2638,21 +2641,21 @@ class _Anthropic(Dialect):
             )
         self._id = id
         self._note_container(message)
-        yield named._replace(id=id, model=_text(message.get("model")), usage=self.usage(message.get("usage")))
+        return [named._replace(id=id, model=_text(message.get("model")), usage=self.usage(message.get("usage")))]
 
     def _note_container(self, place: dict[str, Any]) -> None:
         container = place.get("container")
         self._container = _text(container) or _text(_dict(container).get("id")) or self._container
 
-    def _block_start(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _block_start(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
         index, block = _count(payload.get("index")), _dict(payload.get("content_block"))
         self._open[index] = _Part(block)
         self._blocks.append(self._open[index])
         self._calls.pop(index, None)
         # what a call has for input here is all, unless more comes
-        yield from self._block(index, {**block, "input": None}, named)
+        return self._block(index, {**block, "input": None}, named)
 
-    def _block(self, index: int, block: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _block(self, index: int, block: dict[str, Any], named: Chunk) -> list[Chunk]:
         """What a block holds already, as it begins or whole"""
         kind = block.get("type")
         if kind == "tool_use":
@@ -2660,62 +2663,64 @@ class _Anthropic(Dialect):
             self._call_count += 1
             arguments = _arguments_text(block.get("input") or "")
             call = ToolCall(self._calls[index].index, _text(block.get("id")), _text(block.get("name")), arguments)
-            yield named._replace(tool_calls=(call,))
-        elif kind == "text" and _text(block.get("text")):
-            yield named._replace(text=block["text"])
-        elif kind == "thinking" and _text(block.get("thinking")):
-            yield named._replace(reasoning=block["thinking"])
+            return [named._replace(tool_calls=(call,))]
+        if kind == "text" and _text(block.get("text")):
+            return [named._replace(text=block["text"])]
+        if kind == "thinking" and _text(block.get("thinking")):
+            return [named._replace(reasoning=block["thinking"])]
+        return []
 
-    def _block_delta(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _block_delta(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
         index, delta = _count(payload.get("index")), _dict(payload.get("delta"))
         kind = _text(delta.get("type"))
         field = self._DELTAS.get(kind)
         piece = _text(delta.get(field)) if field else ""
-        block = self._open.setdefault(index, _Part({}))
+        if index not in self._open:
+            self._open[index] = _Part({})
         if field:
-            block.append(field, piece)
+            self._open[index].append(field, piece)
         elif kind == "citations_delta":
-            block.gather("citations", delta.get("citation"))
+            self._open[index].gather("citations", delta.get("citation"))
         if kind == "text_delta" and piece:
-            yield named._replace(text=piece)
-        elif kind == "thinking_delta" and piece:
-            yield named._replace(reasoning=piece)
-        elif kind == "input_json_delta" and index in self._calls:
-            yield from self._arguments(self._calls[index], self._calls[index].take(piece), named)
+            return [named._replace(text=piece)]
+        if kind == "thinking_delta" and piece:
+            return [named._replace(reasoning=piece)]
+        if kind == "input_json_delta" and index in self._calls:
+            return self._arguments(self._calls[index], self._calls[index].take(piece), named)
+        return []
 
     @staticmethod
-    def _arguments(call: _OpenCall, arguments: str | None, named: Chunk) -> Iterator[Chunk]:
-        if arguments:
-            yield named._replace(tool_calls=(ToolCall(call.index, arguments=arguments),))
+    def _arguments(call: _OpenCall, arguments: str | None, named: Chunk) -> list[Chunk]:
+        return [named._replace(tool_calls=(ToolCall(call.index, arguments=arguments),))] if arguments else []
 
-    def _block_stop(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _block_stop(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
         index = _count(payload.get("index"))
         block, call = self._open.get(index, _Part({})), self._calls.get(index)
-        if call is not None:
-            given = "" if block.has_more("partial_json") else _arguments_text(block.get("input") or "")
-            yield from self._arguments(call, call.end() or given, named)
+        if call is None:
+            return []
+        given = "" if block.has_more("partial_json") else _arguments_text(block.get("input") or "")
+        return self._arguments(call, call.end() or given, named)
 
-    def _message_delta(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _message_delta(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
         delta = _dict(payload.get("delta"))
         self._note_container(delta)
         named = named._replace(usage=self.usage(payload.get("usage")))
-        yield self._stopped(delta.get("stop_reason"), named, self._whole_blocks())
+        return [self._stopped(delta.get("stop_reason"), named, self._whole_blocks())]
 
-    def _message_stop(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _message_stop(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
         self.whole = self.done = True
-        yield from ()
+        return []
 
-    def _message(self, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _message(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
         """One message instead of a stream"""
         blocks = [block for block in _list(payload.get("content")) if isinstance(block, dict)]
-        yield named._replace(
-            id=_text(payload.get("id")), model=_text(payload.get("model")), usage=self.usage(payload.get("usage"))
-        )
+        usage = self.usage(payload.get("usage"))
+        chunks = [named._replace(id=_text(payload.get("id")), model=_text(payload.get("model")), usage=usage)]
         for index, block in enumerate(blocks):
-            yield from self._block(index, block, named)
+            chunks += self._block(index, block, named)
         self.whole = self.done = True
         self._note_container(payload)
-        yield self._stopped(payload.get("stop_reason"), named, blocks)
+        return [*chunks, self._stopped(payload.get("stop_reason"), named, blocks)]
 
     def _stopped(self, reason: Any, named: Chunk, blocks: list[dict[str, Any]] | None) -> Chunk:
         reason = _text(reason)
