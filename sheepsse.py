@@ -1718,8 +1718,9 @@ class Dialect:
         known = {**dict.fromkeys(_COUNTS, 0), **self._counts}
         reasoning, total = known["reasoning"], known["total"]
         rest = total - known["input"] - known["output"]  # of the total, which says what the output includes
-        for part in self.excluded - ({"reasoning"} if rest == 0 else set()):
-            known[_PART_OF[part]] += known[part]
+        for part in self.excluded:
+            if part != "reasoning" or rest:
+                known[_PART_OF[part]] += known[part]
         output = known["output"]
         if reasoning and rest == reasoning and "reasoning" not in self.excluded:  # it is not part of the output (xAI)
             output += reasoning
@@ -2115,17 +2116,19 @@ def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]
         if isinstance(value, dict):
             places += [(f"{name}.{part}", each) for part, each in value.items()]
     for place, value in places:
-        known = _COUNT_AT.get(place)
-        count = _count(value, -1) if known else -1
-        if known and count >= 0:  # the larger of two has more in it
-            counts[known] = (min if known in wholes else max)(counts.get(known, count), count)
+        name = _COUNT_AT.get(place, "")
+        count = _count(value, -1) if name else -1
+        if count >= 0:
+            if name in counts:  # the larger of two has more in it
+                count = (min if name in wholes else max)(counts[name], count)
+            counts[name] = count
     extra = _count(wire.get("toolUsePromptTokenCount"))  # Gemini counts it beside the input
     if extra:
         counts["input"] = counts.get("input", 0) + extra
-    kept = [_count(count) for count in _dict(wire.get("cache_creation")).values()]  # Anthropic, by how long it is kept
-    if "cache_write" not in counts and any(kept):
-        counts["cache_write"] = sum(kept)
-    money = _money(wire.get("cost"))  # OpenRouter; Perplexity's is an object
+    if "cache_creation" in wire and "cache_write" not in counts:  # Anthropic, by how long it is kept
+        kept = sum(map(_count, _dict(wire["cache_creation"]).values()))
+        counts.update({"cache_write": kept} if kept else {})
+    money = _money(wire["cost"]) if "cost" in wire else None  # OpenRouter; Perplexity's is an object
     return counts if money is None else {**counts, "cost": money}
 
 
@@ -2294,6 +2297,8 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _count(value: Any, default: int = 0) -> int:
+    if type(value) is int and value >= 0:
+        return value
     if isinstance(value, float) and value.is_integer() and value < 2**53:
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else default
@@ -2961,7 +2966,7 @@ class _Gemini(Dialect):
             return [refused] if blocked else [named] if named.usage else []
         read = []
         for position, candidate in enumerate(candidates):
-            error = _reported_error(candidate)
+            error = None if _ERROR_MEMBERS.isdisjoint(candidate) else _reported_error(candidate)
             if error is not None and self._failure is None:
                 self._failure = _stream_error(error)
             parts = [_dict(part) for part in _list(_dict(candidate.get("content")).get("parts"))]
@@ -3133,8 +3138,10 @@ class _Responses(Dialect):
             return []
         kind = _text(payload.get("type")) or event.event
         is_known = kind.startswith("response.") or payload.get("object") == "response"
-        stated = {"error": payload.get("error")} if is_known else payload
-        error = _reported_error(stated, not is_known and "error" in (kind, event.event))
+        if is_known:
+            error = _reported_error({"error": payload["error"]}) if payload.get("error") else None
+        else:
+            error = _reported_error(payload, "error" in (kind, event.event))
         if error is not None and kind not in self._TERMINAL and payload.get("object") != "response":
             self._failure = _stream_error(error)
             return [Chunk(event_id=event.id or "", raw=payload, finish_reason="failed", finish="other")]
@@ -3598,7 +3605,8 @@ def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
         payload = payload[0] if payload else None
     if not isinstance(payload, dict):
         return _Reported(_text(payload)) if certain else None
-    if not certain and _ERROR_MEMBERS.isdisjoint(payload) and {"type", "message", "object"}.isdisjoint(payload):
+    is_other = _ERROR_MEMBERS.isdisjoint(payload) and len(payload) > 2 and payload.get("object") != "error"
+    if is_other and not certain and "error" not in _text(payload.get("type")):
         return None  # as almost all are
     may_be = any(map(payload.get, _ERROR_MEMBERS.intersection(payload))) or "error" in _text(payload.get("type"))
     if not (certain or may_be or payload.get("object") == "error" or payload.keys() <= {"message", "request_id"}):
