@@ -1408,18 +1408,20 @@ class _BodyDecoder:
         if line:
             self._start.clear()
         self._start += block[line:]
-        is_told = not self._blank and _can_be_told(self._content_type, _visible(self._start))
-        return self._begin() if is_told or len(self._start) > self._max_event_size else []
+        is_all = len(self._start) > self._max_event_size
+        return self._begin(is_all) if is_all or not self._blank else []
 
-    def _begin(self) -> list[ServerSentEvent]:
-        visible = _visible(self._start)
-        kind = self._format or (_framing(self._content_type, visible) if visible else "sse")
+    def _begin(self, is_all: bool) -> list[ServerSentEvent]:
+        """Begins where the framing is known; ``is_all`` says that no more comes by which it could be"""
+        kind = self._format or _framing(self._content_type, bytes(self._start.lstrip()[:1000]), is_all)
+        if not kind:
+            return []
         self.decoder = (_AnswerDecoder if kind == "sse" else _JSONDecoder)(self._max_event_size)
         return self.decoder.feed(bytes(self._start))
 
     def flush(self) -> list[ServerSentEvent]:
         """The last events, where the body has ended"""
-        events = self._begin() if self.decoder is None and _visible(self._start) else []
+        events = self._begin(True) if self.decoder is None else []
         return events if self.decoder is None else events + self.decoder.flush()
 
     def check_end(self) -> None:
@@ -1427,15 +1429,9 @@ class _BodyDecoder:
         if isinstance(self.decoder, _JSONDecoder) and self.decoder.is_inside:
             if self._is_bounded and self.decoder.is_first:
                 raise InvalidStreamError(
-                    f"expected JSON, got a whole body that is none: {_excerpt(_visible(self._start))}"
+                    f"expected JSON, got a whole body that is none: {_excerpt(bytes(self._start.lstrip()))}"
                 )
             raise StreamInterrupted("the answer ended in the middle of its JSON")
-
-
-def _visible(start: bytearray) -> bytes:
-    """The beginning of a body, from its first byte that is not blank"""
-    match = re.search(rb"\S", start)
-    return bytes(start[match.start() :][:1000]) if match else b""
 
 
 def _media_type(content_type: str) -> str:
@@ -1447,25 +1443,20 @@ _JSON_TYPES = frozenset({"application/json", "application/x-ndjson", "applicatio
 _FIRST_LINE = rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry|error)?[:\r\n]|(?:data|id)$"
 
 
-def _can_be_told(content_type: str, start: bytes) -> bool:
-    """Whether so much of an answer says which framing it has"""
-    if start[:1] in (b"{", b"[", b"<") or _media_type(content_type) == "text/event-stream":
-        return bool(start)
-    return len(start) >= 16 or b"\n" in start or b"\r" in start
-
-
-def _framing(content_type: str, start: bytes) -> str:
+def _framing(content_type: str, start: bytes, is_all: bool) -> str:
     """The framing, sse or json, by the Content-Type, and by the first line where that is wrong or missing
 
-    No line of an event stream that says anything begins with a brace or a bracket, and no JSON with the name of
-    a field.
+    "" where more must come before it is known, unless ``is_all``. No line of an event stream that says anything begins
+    with a brace or a bracket, and no JSON with the name of a field.
     """
     media_type = _media_type(content_type)
-    json_type = media_type in _JSON_TYPES
-    if start[:1] in (b"{", b"[") or (json_type and start[:4] in (b"\xef\xbb\xbf{", b"\xef\xbb\xbf[")):
+    is_json_type = media_type in _JSON_TYPES
+    if start[:1] in (b"{", b"[") or (is_json_type and start[:4] in (b"\xef\xbb\xbf{", b"\xef\xbb\xbf[")):
         return "json"
-    if media_type == "text/event-stream" and start[:1] != b"<":
-        return "sse"
+    if not start or (media_type == "text/event-stream" and start[:1] != b"<"):
+        return "sse" if start or is_all else ""
+    if not (is_all or start[:1] == b"<" or len(start) >= 16 or b"\n" in start or b"\r" in start):
+        return ""
     if media_type != "text/html" and re.match(_FIRST_LINE, start):
         return "sse"
     raise InvalidStreamError(
