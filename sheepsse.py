@@ -5770,22 +5770,24 @@ def _require_event_stream(response: requests.Response, wire: _Wire) -> None:
 # ============================================================================================================
 # Read here when text comes twice, or is missing, after a connection was lost.
 #
-# What was given out is known in two ways: _Answer holds the text itself, and _Marks the ids of the first event and of
-# the last few. From both a strategy makes a _Plan: the request, the reader of its answer, and what of it is new.
+# Two values know what was returned to the caller: _Answer holds the text, and _Marks the ids of the first event and of
+# the last few. From both, a strategy makes plans. A _Plan is the next request, the reader of its answer, and a check
+# of each chunk:
 #
-#   _replay     the same generation again: by the id of the last event (_ByIds), by a number in the URL (_Repeated), or
-#               the whole of it where its stream is gone (_Poll). Nothing is billed twice
-#   _restart    the same request, where nothing was given out (_Restart)
-#   _continue   the provider goes on with the text that came (_Continued)
-#   _verify     the same request, whose answer must begin as this one did (_Verified)
-#   _anchor     the model is asked to repeat its last words, and to go on (_Anchored)
+#   _replay     receive the same generation again: after the id of the last event (_ByIds), after a number in the URL
+#               (_Repeated), or all of it where its stream is gone (_Poll). It is billed once
+#   _restart    send the same request again, where nothing was returned (_Restart)
+#   _continue   the provider continues the text that was received (_Continued)
+#   _verify     send the same request again; its answer must begin as this one did (_Verified)
+#   _anchor     the model repeats its last words, and continues (_Anchored)
 #
-# _Reading turns one connection into chunks: place() of the plan says whether an event is new before it is read, check()
-# what of a chunk is, and end() what was held back. Any difference is a StreamInterrupted, and nothing is given twice.
+# _Reading turns one connection into chunks. place() of the plan decides whether an event is new, before the event is
+# read. check() drops the part of a chunk that was returned before, and end() gives what was held back. Any difference
+# raises StreamInterrupted: no text is returned twice.
 
 
 class _Ask(NamedTuple):
-    """One HTTP request of a call"""
+    """One HTTP request"""
 
     method: str
     url: str
@@ -5794,7 +5796,7 @@ class _Ask(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """What a call asks for, in the caller's words"""
+    """The request of a call, in the caller's words"""
 
     base_url: str
     dialect: type[Dialect]
@@ -5804,12 +5806,12 @@ class _Request(NamedTuple):
     stream: bool
 
     def ask(self) -> _Ask:
-        """The HTTP request that it makes"""
+        """The HTTP request for it"""
         body = self.dialect.body(self.messages, self.model, self.params, self.stream)
         return _Ask("POST", self.dialect.url(self.base_url, self.model, self.stream), body)
 
     def and_then(self, *messages: Mapping[str, Any], **params: Any) -> _Request:
-        """The same with more messages, and options"""
+        """The same request with more messages and options"""
         return self._replace(messages=(*self.messages, *messages), params={**self.params, **params})
 
 
@@ -5822,18 +5824,17 @@ def _messages(messages: Any) -> list[Any]:
 
 
 class _Mark(NamedTuple):
-    """What another process kept of an event"""
+    """An event that another process received"""
 
     id: str
-    #: of its kind and data; None where that is not known
+    #: of its kind and data; None where the checksum is not known
     checksum: int | None
 
 
 class _Marks:
-    """Where a stream is, by the ids of the events that were given out: the first, and the last few, are kept
+    """The position in a stream: the first event and the last few events that were returned
 
-    Made from the marks of another process it knows no more than those. Pings are no part of it: they come at other
-    places the next time.
+    Pings do not count: a server sends them at other places the next time.
     """
 
     _KEPT = 8
@@ -5842,21 +5843,21 @@ class _Marks:
         self._former = tuple(_Mark(*mark) for mark in marks)
         self.first: ServerSentEvent | _Mark | None = self._former[0] if self._former else None
         self.recent: collections.deque[ServerSentEvent | _Mark] = collections.deque(self._former, self._KEPT)
-        #: whether there are others between the first and the last ones
+        #: whether events between the first and the last few are missing
         self.is_partial = bool(self._former)
         self._given: _Given | None = None
 
     @property
     def cursor(self) -> str:
-        """The id to go on after; "" where the last event has none of its own, so that nobody can say what is new"""
+        """The id to resume after; "" where the last event has no id of its own, so that new events cannot be told"""
         last = self.recent[-1].id if self.recent else ""
         before = self.recent[-2].id if len(self.recent) > 1 else ""
         return last if last != before else ""
 
     @property
     def known(self) -> tuple[_Mark, ...]:
-        """The first event and the last ones, for another process; none where there is no cursor"""
-        if self._given is not None and not self._given.is_behind:  # what is noted is before what was given
+        """The first event and the last ones, for another process; empty where there is no cursor"""
+        if self._given is not None and not self._given.is_behind:  # the events so far repeat older ones
             return self._former
         if not self.cursor or self.first is None:
             return ()
@@ -5864,7 +5865,7 @@ class _Marks:
         return recent if first == recent[0] else (first, *recent[-2:])
 
     def begin_again(self, given: _Given) -> None:
-        """The events come from the first one on: those that follow are noted when all of ``given`` was repeated"""
+        """The server repeats all events from the first one on; ``given`` says when new ones begin"""
         self._former, self._given, self.is_partial = self.known, given, False
         self.recent.clear()
 
@@ -5876,15 +5877,15 @@ def _mark_of(event: ServerSentEvent | _Mark) -> _Mark:
 
 
 def _marks_of(ids: Sequence[str]) -> list[tuple[str, int | None]]:
-    """What is known of the events of a kept answer by the ids of its chunks; nothing where that is not enough"""
-    if not ids or not ids[0] or not ids[-1] or ids[-1] in ids[-2:-1]:  # another chunk of the event may be missing
+    """The marks of a saved answer, from the ids of its chunks; empty where the ids do not suffice"""
+    if not ids or not ids[0] or not ids[-1] or ids[-1] in ids[-2:-1]:  # the event may have had another chunk
         return []
     known = ids if len(ids) < 3 else [ids[0], ids[-2] or ids[0], ids[-1]]
     return [(id, None) for id in known]
 
 
 def _is_before(id: str, other: str) -> bool:
-    """Whether of two ids that end in a number the first is not after the other"""
+    """Whether both ids end in a number, and the first is not after the other"""
     numbers = [re.fullmatch(r"(.*?)([0-9]{1,20})", each, re.DOTALL) for each in (id, other)]
     if None in numbers:
         return False
@@ -5893,7 +5894,7 @@ def _is_before(id: str, other: str) -> bool:
 
 
 def _another_answer() -> StreamInterrupted:
-    """The error for a server that answers the question anew where it was asked to go on"""
+    """The error where a server begins another answer instead of resuming this one"""
     return StreamInterrupted(
         "the connection was lost, and the server began another answer where it was asked to go on with this one",
         retryable=False,
@@ -5901,39 +5902,39 @@ def _another_answer() -> StreamInterrupted:
 
 
 class _Lost(NamedTuple):
-    """A stream that was lost: what is known of it"""
+    """All that is known of a stream whose connection was lost"""
 
     request: _Request
-    #: the HTTP request that it makes
+    #: the first HTTP request
     ask: _Ask
-    #: what was given out
+    #: what was returned
     answer: _Answer
-    #: as far as it has read; None where another process did
+    #: the reader, in the state of the loss; None where another process read
     dialect: Dialect | None
     marks: _Marks
-    #: how its provider goes on with an answer, a name in _CONTINUATIONS or ""
+    #: a name in _CONTINUATIONS, or "" where the provider cannot continue an answer
     continuation: str = ""
-    #: what its reader still holds against what was given; None where that began with the first piece
+    #: what the reader still compares with what was returned; None where all it read was new
     given: _Given | None = None
 
 
 class _Plan:
-    """A way to get an answer: the request, who reads it, and what of it is new; here all"""
+    """The next request, the reader of its answer, and the check of its chunks; this one takes all as new"""
 
     strategy = ""
-    #: the word for it in Stream.continuity
+    #: the word in Stream.continuity
     continuity = "single"
-    #: whether its request is billed as another one
+    #: whether the provider bills the request as a new one
     is_billed = False
-    #: whether nothing of what was received before is used
+    #: whether nothing that was received before is used
     is_fresh = False
-    #: whether its reader may go on after another loss
+    #: whether the reader may continue after another loss
     keeps_reader = True
-    #: whether progress before it frees it of the count of failures
+    #: whether progress before the loss resets the count of failures
     resets_budget = False
-    #: whether events and chunks need not be held against what was given
+    #: whether all events and chunks are new
     is_plain = True
-    #: what was given, as far as it is still to be repeated
+    #: what was returned, as far as the server has still to repeat it
     given: _Given | None = None
 
     def __init__(self, ask: _Ask, dialect: Dialect) -> None:
@@ -5944,11 +5945,11 @@ class _Plan:
         return True
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
-        """What a chunk brings that is new; StreamInterrupted where it is of another answer"""
+        """The new part of a chunk; StreamInterrupted where the chunk is of another answer"""
         return (chunk,)
 
     def end(self) -> Iterable[Chunk]:
-        """What was held back; StreamInterrupted where less came than was given"""
+        """The chunks that were held back; StreamInterrupted where less came than was returned before"""
         return ()
 
 
@@ -5957,7 +5958,7 @@ def _new_dialect(request: _Request, ask: _Ask) -> Dialect:
 
 
 def _replay(lost: _Lost) -> list[_Plan]:
-    """The same generation again, from where it was lost; the whole of it where its stream is gone. It is billed once"""
+    """Receive the same generation again, from the loss on, or all of it where its stream is gone; it is billed once"""
     plans = [_streamed_again(lost) if lost.request.stream else None, _poll(lost)]
     return [plan for plan in plans if plan is not None]
 
@@ -5977,19 +5978,19 @@ def _streamed_again(lost: _Lost) -> _Plan | None:
 
 
 def _joins(reader: Dialect, answer: _Answer) -> bool:
-    """Whether a new reader may begin in the middle: it does not know which calls and choices are open"""
+    """Whether a new reader may begin in mid-stream: it does not know which calls and choices are open"""
     return not (reader.compares or answer.tool_calls or reader.choices > 1)
 
 
 class _Repeated(_Plan):
-    """The same generation, held against what was given unless its reader goes on"""
+    """The same generation, compared with what was returned unless its reader continues"""
 
     strategy, continuity, is_plain, resets_budget = "replay", "replayed", False, True
 
     def __init__(self, ask: _Ask, dialect: Dialect, answer: _Answer, given: _Given | None) -> None:
         super().__init__(ask, dialect)
         self._answer, self.given = answer, given
-        #: whether the reader has all of the answer: else what it keeps for the vendor is not whole
+        #: whether the reader has read the whole answer: else the parts kept for the vendor are not whole
         self._has_all = True
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
@@ -6005,19 +6006,19 @@ class _Repeated(_Plan):
 
 
 class _Poll(_Repeated):
-    """The whole of the same generation, where its stream cannot be had any more"""
+    """All of the same generation, where its stream is gone"""
 
     keeps_reader = resets_budget = False
 
 
 class _ByIds(_Repeated):
-    """The events of the same generation after the last one; its server may go on there, before it, or from the first"""
+    """The events of the same generation after the cursor; the server may begin there, before it, or at the first one"""
 
     def __init__(self, lost: _Lost, ask: _Ask, reader: Dialect, given: _Given | None) -> None:
         super().__init__(ask, reader, lost.answer, given)
         self._lost = lost
         self._has_all = lost.dialect is not None
-        self._left: list[_Mark] | None = None  # of the last events, what may come again
+        self._left: list[_Mark] | None = None  # of the last few events, those that may be repeated
 
     def place(self, event: ServerSentEvent) -> bool:
         if event.event == "ping":
@@ -6036,7 +6037,7 @@ class _ByIds(_Repeated):
         return False
 
     def _begin(self, event: ServerSentEvent) -> list[_Mark]:
-        """Which of the last events the first one shows that are repeated"""
+        """Decides by the first event which of the last few events will be repeated"""
         marks = self._lost.marks
         recent = list(map(_mark_of, marks.recent))
         ids = [id for id, _ in recent]
@@ -6069,20 +6070,20 @@ class _Restart(_Plan):
 
 
 def _restart(lost: _Lost) -> list[_Plan]:
-    """The same request again, where nothing was given out"""
+    """Send the same request again, where nothing was returned"""
     if lost.answer.given or (lost.dialect is not None and lost.dialect.whole):
         return []
     return [_Restart(lost.ask, _new_dialect(lost.request, lost.ask))]
 
 
 def _verify(lost: _Lost) -> list[_Plan]:
-    """The same request again, whose answer must begin as this one did"""
+    """Send the same request again; its answer must begin as this one did"""
     again = _new_dialect(lost.request, lost.ask)
     return [] if again.choices > 1 else [_Verified(lost.ask, again, lost.answer)]
 
 
 class _Verified(_Plan):
-    """Another generation that begins as what was given"""
+    """Another generation that begins with what was returned"""
 
     strategy, continuity, is_plain, is_billed, keeps_reader = "verify", "verified", False, True, False
 
@@ -6091,7 +6092,7 @@ class _Verified(_Plan):
         self._before, self._has_calls = _Given(answer), bool(answer.tool_calls)
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
-        # the ids of calls are others now than those given out, and those of events of another stream
+        # the ids of calls differ from those returned, and the ids of events belong to another stream
         vendor = None if self._has_calls else chunk.vendor
         return [new._replace(event_id="", vendor=vendor) for new in self._before.beyond(chunk)]
 
@@ -6101,21 +6102,21 @@ class _Verified(_Plan):
 
 
 class _Given:
-    """What was given out, piece by piece of its kind, against which a repetition is held"""
+    """What was returned, by kind of piece, to be compared with a repetition"""
 
     def __init__(self, answer: _Answer) -> None:
         self._names = {call.index: call.name for call in answer.calls()}
-        #: by kind, and index of a tool call
+        #: by kind and index of the tool call
         self._texts = {(kind, 0): str(getattr(answer, kind)) for kind in ("text", "reasoning", "refusal")}
         self._texts.update((("tool_calls", call.index), call.arguments) for call in answer.calls())
         #: how much of each was repeated
         self._at = dict.fromkeys(self._texts, 0)
         self._finish_reason = answer.finish_reason
-        #: whether what comes is behind all of it
+        #: whether all that comes is new
         self.passed = False
 
     def beyond(self, chunk: Chunk) -> Iterable[Chunk]:
-        """What a chunk brings beyond it; StreamInterrupted at a difference"""
+        """The new part of a chunk; StreamInterrupted at a difference"""
         if self.passed:
             return (chunk,)
         missing = chunk._replace(
@@ -6131,7 +6132,7 @@ class _Given:
             if chunk.finish_reason != self._finish_reason:
                 raise self._difference(("finish_reason", 0), 0, self._finish_reason, chunk.finish_reason)
         if not self.is_behind:
-            # nobody can go on from its event: what was given ends behind it
+            # the event cannot be a cursor: what was returned ends behind it
             missing = missing._replace(event_id="", usage=None)
         return (missing,) if _says(missing) or missing.finish_reason or missing.usage else ()
 
@@ -6158,11 +6159,11 @@ class _Given:
 
     @property
     def is_behind(self) -> bool:
-        """Whether all of it was repeated, or is not repeated at all"""
+        """Whether all of it was repeated, or the server does not repeat it"""
         return self.passed or all(self._at[key] == len(text) for key, text in self._texts.items())
 
     def require_all(self) -> None:
-        """StreamInterrupted where it was not repeated to its end"""
+        """Raises StreamInterrupted where it was not repeated to its end"""
         for key, text in self._texts.items():
             if not self.passed and self._at[key] < len(text):
                 raise self._difference(key, self._at[key], text[self._at[key] :], "")
@@ -6177,15 +6178,15 @@ class _Given:
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts have in common at their beginnings"""
+    """The length of the common prefix of two texts"""
     return next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
-# To continue: the partial answer goes back, and the model goes on with it
+# Continue: the request holds the partial answer, and the model continues it
 
 
 def _is_text_alone(lost: _Lost) -> bool:
-    """Whether what was given is text of the one choice, still open"""
+    """Whether only text was returned, of one choice that is still open"""
     answer = lost.answer
     return (
         bool(answer.text)
@@ -6195,12 +6196,12 @@ def _is_text_alone(lost: _Lost) -> bool:
 
 
 class _Continuation(NamedTuple):
-    """How a provider is asked to go on with an answer"""
+    """How a provider is made to continue an answer"""
 
     request: Callable[[_Request, str], _Request | None]
-    #: whether it repeats what it goes on from
+    #: whether the provider repeats the text before it continues
     echoes: bool = False
-    #: whether what it goes on from must not end in white space
+    #: whether the text must not end in white space
     strips: bool = False
 
 
@@ -6228,7 +6229,7 @@ def _anthropic_prefill(request: _Request, text: str) -> _Request | None:
 
 
 def _takes_prefill(model: str) -> bool:
-    """Whether a model of Anthropic goes on with a partial answer: those up to 4.5 do"""
+    """Whether a model of Anthropic continues a partial answer: those up to 4.5 do"""
     version = re.search(r"claude-(?:[a-z]+-)*(\d+)(?:[-.](\d{1,2}))?(?:\D|$)", model)
     return version is not None and (int(version.group(1)), int(version.group(2) or 0)) <= (4, 5)
 
@@ -6242,7 +6243,7 @@ _CONTINUATIONS = {
 
 
 def _continue(lost: _Lost) -> list[_Plan]:
-    """The provider goes on with the text as it was received"""
+    """The provider continues the text that was received"""
     rule = _CONTINUATIONS.get(lost.continuation)
     if rule is None or not _is_text_alone(lost):
         return []
@@ -6253,7 +6254,7 @@ def _continue(lost: _Lost) -> list[_Plan]:
 
 
 def _lowered(lost: _Lost) -> _Request:
-    """The request with so many tokens less as were received"""
+    """The request with its limit of tokens lowered by those received"""
     received = _tokens_received(lost.answer)
     names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     limits = {name: _count(lost.request.params.get(name)) for name in names}
@@ -6261,18 +6262,18 @@ def _lowered(lost: _Lost) -> _Request:
 
 
 def _tokens_received(answer: _Answer) -> int:
-    """An estimate where the provider has not counted: four characters a token"""
+    """The provider's count, or an estimate of four characters a token"""
     counted = answer.usage.output_tokens if answer.usage is not None else 0
     return max(counted, len(str(answer.text)) // 4)
 
 
-#: how many characters, white space aside, of the answer's beginning make a repetition of it: where its provider
-#: echoes, or where it is all of it; and where it is a part of it, and its provider does not
+#: characters, white space aside, by which a repetition of the answer is known: where the provider echoes or all of the
+#: answer is repeated; and where a provider that does not echo repeats a part
 _ECHO, _UNEXPECTED_ECHO = 4, 12
 
 
 class _GoingOn(_Plan):
-    """Another generation that goes on with what was given, which its usage counts too"""
+    """Another generation that continues what was returned; its usage counts both"""
 
     strategy, continuity, is_plain, is_billed, keeps_reader = "continue", "continued", False, True, False
 
@@ -6287,16 +6288,16 @@ class _GoingOn(_Plan):
             output_tokens = usage.output_tokens + self._received
             total_tokens = usage.input_tokens + output_tokens
             usage = usage._replace(output_tokens=output_tokens, total_tokens=total_tokens, cost=None, source="estimate")
-        # the events are another stream's, and what the vendor wants back would be that of a part
+        # the events belong to another stream, and the parts kept for the vendor would not be whole
         return chunk._replace(usage=usage, event_id="", vendor=None)
 
 
 class _Continued(_GoingOn):
-    """Chunks that go on with a text, without what they repeat of it first, where the provider ``echoes``
+    """Chunks that continue a text; where the provider ``echoes``, without the text that they repeat first
 
-    Held back until it is known. StreamInterrupted where a part of it is repeated, or with other white space, or
-    all of it by a provider that does not echo. White space at its end does not count: so much of it as was not sent
-    is in ``space``, and does not come twice.
+    Chunks are held back until it is known whether they repeat the text. StreamInterrupted where they repeat a part of
+    it, or repeat it with other white space, or where a provider that does not echo repeats all of it. White space at
+    the end of the text does not count: ``space`` is the part that was not sent, which is not returned twice.
     """
 
     def __init__(self, request: _Request, answer: _Answer, space: str, echoes: bool) -> None:
@@ -6304,7 +6305,7 @@ class _Continued(_GoingOn):
         text = str(answer.text)
         self._text, self._space, self._echoes = text, space, echoes
         self._kept, self._begun = text.rstrip(), _squeezed(text)
-        self._held: list[Chunk] | None = []  # None when it is known
+        self._held: list[Chunk] | None = []  # None once it is known
         self._said, self._repeated = "", 0
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
@@ -6329,7 +6330,7 @@ class _Continued(_GoingOn):
         return self._spaced(held)
 
     def _spaced(self, chunks: Iterable[Chunk]) -> Iterable[Chunk]:
-        """The chunks without the white space that was given already"""
+        """The chunks without the white space that was returned before"""
         spaced = []
         for chunk in chunks:
             common = _common(self._space, chunk.text) if self._space and chunk.text else 0
@@ -6346,7 +6347,7 @@ def _squeezed(text: str) -> str:
 
 
 def _from_position(chunks: Iterable[Chunk], position: int) -> list[Chunk]:
-    """The chunks without so many characters of text at their beginning"""
+    """The chunks without the first characters of their text"""
     rest = []
     for chunk in chunks:
         skipped = min(position, len(chunk.text))
@@ -6356,12 +6357,12 @@ def _from_position(chunks: Iterable[Chunk], position: int) -> list[Chunk]:
     return rest
 
 
-#: characters that the model is asked to repeat, and how few of them, white space aside, would prove nothing
+#: characters that the model must repeat at least, and the fewest, white space aside, that prove anything
 _ANCHOR, _PROOF = 40, 8
 
 
 def _anchor(lost: _Lost) -> list[_Plan]:
-    """The model is told that its answer was cut, and to repeat its last words before it goes on"""
+    """The model is told that its answer was cut; it must repeat its last words before it continues"""
     if not _is_text_alone(lost):
         return []
     tail = str(lost.answer.text)[-2 * _ANCHOR :]
@@ -6381,14 +6382,14 @@ def _anchor(lost: _Lost) -> list[_Plan]:
 
 
 class _Anchored(_GoingOn):
-    """What follows the repeated words; StreamInterrupted, and nothing given out, where they are not repeated"""
+    """What follows the repeated words; StreamInterrupted, with nothing returned, where they are not repeated"""
 
     strategy = "anchor"
 
     def __init__(self, request: _Request, answer: _Answer, tail: str) -> None:
         super().__init__(request, answer)
         self._tail = tail
-        self._held: list[Chunk] | None = []  # None when they were repeated
+        self._held: list[Chunk] | None = []  # None once they were repeated
         self._said = ""
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
@@ -6413,7 +6414,7 @@ class _Anchored(_GoingOn):
         return ()
 
 
-#: each gives the plans to try, in their order
+#: each gives plans to try, in order
 _STRATEGIES: dict[str, Callable[[_Lost], list[_Plan]]] = {
     "replay": _replay,
     "restart": _restart,
@@ -6425,7 +6426,7 @@ _AUTOMATIC = ("replay", "restart", "continue")
 
 
 def _strategies(resume: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names of the strategies that ``resume=`` allows, in their order"""
+    """The names of the strategies that ``resume=`` allows, in order"""
     if resume is None or resume == "auto":
         return _AUTOMATIC
     if resume == "never":
@@ -6453,12 +6454,12 @@ def _point(resume_from: Any) -> ResumePoint | None:
     raise TypeError(f"resume_from takes an error or its resume_point, got {type(resume_from).__name__}")
 
 
-#: what is to be given out next: a chunk, the events of which nothing is left then, and what its generation took so far
+#: what is returned next: a chunk, the events that end with it, and the usage of its generation so far
 _Came = Tuple[Chunk, List[ServerSentEvent], Optional[Usage]]
 
 
 class _Reading:
-    """The answer of one connection: each turn a block of it becomes events, and these chunks, which go into a queue"""
+    """The answer of one connection: each turn parses a block into events, and these into chunks, for a queue"""
 
     def __init__(
         self,
@@ -6476,16 +6477,16 @@ class _Reading:
         is_bounded = self.is_document and _has_known_end(response)
         self._body = _BodyDecoder(content_type, format, max_event_size, is_bounded)
         self._marks, self._blocks = marks, blocks
-        #: what the provider says that this generation took
+        #: of this generation, by the provider's count
         self.usage: Usage | None = None
-        #: whether a piece of the answer came, where it is one document
+        #: whether a piece of the answer was received, where it is one document
         self.said = False
         self.ended = False
         self._is_plain = plan.is_plain and not self.is_document
-        self._is_checked = True  # whether the last chunk was found to be of this answer
+        self._is_checked = True  # whether the last chunk was found to belong to this answer
 
     def turn(self, queue: collections.deque[_Came]) -> None:
-        """Reads a block, and queues what it brings"""
+        """Reads a block, and queues its chunks"""
         plan = self.plan
         try:
             block = next(self._blocks, b"")
@@ -6502,10 +6503,10 @@ class _Reading:
                         else:
                             self._take(chunk, queue)
                 except SheepError:
-                    if len(queue) > before:  # what came of the event is given out: its server must not repeat it
+                    if len(queue) > before:  # a part of the event is returned: the server must not repeat it
                         queue[-1][1].append(event)
                     raise
-                if event.event == "ping":  # comes at other places the next time
+                if event.event == "ping":  # a server sends them at other places the next time
                     continue
                 if queue:
                     queue[-1][1].append(event)
@@ -6519,12 +6520,12 @@ class _Reading:
         except (InvalidStreamError, StreamInterrupted, StreamTimeout) as error:
             if not (plan.dialect.whole and self._is_checked):
                 raise
-            # only the usage is lost, or the way the connection ends
+            # only the usage is lost, or the end of the connection
             plan.dialect.lost = isinstance(error, StreamInterrupted)
             self.ended = True
 
     def _take(self, chunk: Chunk, queue: collections.deque[_Came]) -> None:
-        """Queues what a chunk brings that is new"""
+        """Queues the new part of a chunk"""
         self.said = self.said or _says(chunk)
         self._is_checked = False
         queue.extend([(new, [], self.usage) for new in self.plan.check(chunk)])
@@ -6535,7 +6536,7 @@ class _Reading:
         dialect = self.plan.dialect
         if not dialect.done:
             self._body.check_end()
-        for chunk in dialect.last(not dialect.done):  # halves of characters, what was held back
+        for chunk in dialect.last(not dialect.done):  # halves of characters, chunks held back
             self._take(chunk, queue)
         if self.is_document and not (self.said or dialect.whole):
             raise InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
@@ -6543,11 +6544,11 @@ class _Reading:
         self.ended = True
 
     def end(self, queue: collections.deque[_Came]) -> None:
-        """Queues what was held back"""
+        """Queues the chunks that were held back"""
         queue.extend([(chunk, [], self.usage) for chunk in self.plan.end()])
 
     def read_out(self) -> None:
-        """What follows the end marker means nothing, but only a body read to its end frees the connection"""
+        """Reads the body to its end, which frees the connection; what follows the end marker means nothing"""
         for _ in _until_failure(self._blocks, []):
             pass
 
