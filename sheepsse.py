@@ -7289,34 +7289,34 @@ def replay(path: str | os.PathLike[str]) -> Iterator[Chunk]:
 # ============================================================================================================
 # Read here to see in what order things happen in a call.
 #
-# A Client checks its options once and makes a Stream with a _Sender. The senders of other clients, and one that
-# requests the answer in one piece, stand by until something was returned. The first next() opens the Stream (_open):
-#
-#   a checkpoint that is whole answers; else a slot of the limiter and leave of the breaker are waited for (_admit);
-#   the _Sender sends the request, and again where the policy allows it, until a response of success is there (send).
+# A Client checks its options once, and makes a Stream with a _Sender. Other senders stand by until something was
+# returned: those of other clients, and one that requests the answer in one piece. The first next() opens the Stream
+# (_open): a complete checkpoint answers without a request; else the Stream waits for a slot of the limiter and for the
+# breaker (_admit), and the _Sender sends the request, again where the policy allows it, until a response has a status
+# of success (send).
 #
 # Then _next takes one chunk from the queue, adds it to the answer, notes its event, writes it to the journal, and
-# returns it. Where the queue is empty, _fill turns the loop until there is one: each turn reads a block
-# (_Reading.turn). _fill is the one place that handles a loss: what came before it is returned first. Then _resume
-# opens the first plan that works (_tried), or raises. A _Sender knows nothing of answers.
+# returns it. Where the queue is empty, _fill turns the loop until there is a chunk: each turn reads a block
+# (_Reading.turn). _fill is the one place that handles a loss. Chunks that came before the loss are returned first; then
+# _resume connects with the first plan that works (_try_strategies), or raises. A _Sender knows nothing of answers.
 #
-# cancel() and close() end the _Wire, which wakes whoever waits on it; all connections of a Stream use the same one.
+# All connections of a Stream use the same _Wire. cancel() and close() end it, which wakes the thread that waits.
 
 
 class Provider(NamedTuple):
-    """A row of PROVIDERS: where a provider is, and how it is spoken to"""
+    """A row of PROVIDERS: the address of a provider, and its dialect"""
 
     base_url: str
-    #: the environment variable of the key, "" where it takes none
+    #: the environment variable of the key; "" where the provider takes no key
     key_variable: str
     dialect: str
-    #: where a key is had
+    #: the page where users get a key
     key_page: str = ""
-    #: how the names of its models begin; empty where it serves any
+    #: prefixes of the names of its models; empty where the provider serves any model
     models: tuple[str, ...] = ()
-    #: what ``check`` asks for where the model list needs no key; else ""
+    #: the path that ``check`` requests where the list of models needs no key; else ""
     check_path: str = ""
-    #: how it goes on with a partial answer: deepseek, mistral, vllm, anthropic, or "" where it does not
+    #: how the provider continues a partial answer: deepseek, mistral, vllm, anthropic, or "" where it cannot
     continuation: str = ""
 
 
@@ -7379,7 +7379,7 @@ PROVIDERS: dict[str, Provider] = {
     "ollama": Provider("http://localhost:11434", "", "ollama"),
 }
 
-#: headers in which a caller sends a key of their own, in place of api_key; gateways want theirs beside it
+#: headers in which a caller sends a key instead of api_key; gateways want a key of their own beside it
 _KEY_STAND_INS = frozenset({"authorization", "x-api-key", "api-key", "x-goog-api-key"})
 
 _PLACEHOLDER = r"(?is)\s*|your[_-].*|<.*>|changeme"
@@ -7388,19 +7388,19 @@ _PLACEHOLDER = r"(?is)\s*|your[_-].*|<.*>|changeme"
 class _Target(NamedTuple):
     """Where requests go: the result of all that names a provider"""
 
-    #: its name in PROVIDERS, if it is there
+    #: its name in PROVIDERS, or None
     provider: str | None
     base_url: str
     dialect: type[Dialect]
     #: the headers that carry the key
     key_headers: Mapping[str, str]
-    #: where ``check`` asks
+    #: the URL that ``check`` requests
     check_url: str
-    #: how the provider goes on with a partial answer, or ""
+    #: how the provider continues a partial answer, or ""
     continuation: str
 
 
-@functools.lru_cache(256)  # which base URL is whose is asked for each call
+@functools.lru_cache(256)  # called twice for each call of a model
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -7411,7 +7411,7 @@ def _provider_of_origin(base_url: str) -> str | None:
 
 
 def _provider_of_environment(model: str | None) -> str:
-    """The first provider whose key is set and that serves the model; else the first whose key is set"""
+    """The first provider with a key that serves the model; else the first provider with a key"""
     ready = [name for name, row in PROVIDERS.items() if not _is_placeholder(_key_of_environment(row))]
     serving = [name for name in ready if not PROVIDERS[name].models or (model or "").startswith(PROVIDERS[name].models)]
     return next(iter(serving or ready or PROVIDERS))
@@ -7422,7 +7422,7 @@ def _key_of_environment(row: Provider) -> str | None:
 
 
 def _key_variables() -> str:
-    """The variables that keys are looked for in, as a text"""
+    """The environment variables of all keys, as a text"""
     return ", ".join(dict.fromkeys(row.key_variable for row in PROVIDERS.values() if row.key_variable))
 
 
@@ -7431,7 +7431,7 @@ def _is_placeholder(key: str | None) -> bool:
 
 
 def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
-    """A key as it may be sent, or an AuthenticationError that says where one belongs"""
+    """A key that may be sent, or an AuthenticationError that says where to set one"""
     where = f"set {row.key_variable} to a key from {row.key_page}, or pass" if row and row.key_variable else "pass"
     advice = f"{where} api_key=...; api_key=False is for servers that take none"
     if not key:
@@ -7445,7 +7445,7 @@ def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
 
 
 def _ascii_host(host: str) -> str:
-    """A host name as it is sent, which is what requests makes of it"""
+    """A host name as requests sends it"""
     if host.isascii():
         return host
     import idna  # which requests brings
@@ -7456,7 +7456,7 @@ def _ascii_host(host: str) -> str:
 def _checked_url(base_url: str) -> str:
     try:
         parts = urlsplit(base_url)
-        # the parser that connects must see the host that the key is chosen by
+        # urllib3 connects by a parser of its own: it must see the host by which the key was chosen
         host = (urllib3.util.parse_url(base_url).host or "").strip("[]").lower()
         same = host == _ascii_host(parts.hostname or "")
         clean = not re.search(r"[\x00-\x20\\]", base_url)
@@ -7471,53 +7471,53 @@ def _checked_url(base_url: str) -> str:
 
 
 class Health(NamedTuple):
-    """What ``Client.check`` found"""
+    """The result of ``Client.check``"""
 
     ok: bool
     #: ok, no_key, bad_key, http_error or unreachable
     status: str
-    #: seconds from the request to the answer, or None where none came
+    #: seconds from the request to the response; None where no response came
     latency: float | None = None
     #: the models that the provider lists for this key
     models: tuple[str, ...] = ()
-    #: what is wrong and what to do, or None
+    #: what is wrong, and what to do; None where nothing is
     error: str | None = None
 
 
 class StreamStats(NamedTuple):
-    """How a stream went, so far; times in seconds"""
+    """Measurements of a stream so far; times in seconds"""
 
-    #: from the start to the first answer's headers, and to the first text that is not empty
+    #: from the start to the headers of the first response, and to the first text that is not empty
     ttfb: float | None = None
     ttft: float | None = None
     #: from the start to the end, or to now
     elapsed: float = 0.0
-    #: the longest time that the reader waited for a chunk after the first
+    #: the longest wait for a chunk after the first one
     longest_gap: float = 0.0
     chunks: int = 0
     #: characters of text
     chars: int = 0
-    #: output tokens, by the provider's count, a second from the first piece of the answer to the end; None
-    #: without a count, or where all came in one piece
+    #: output tokens a second, by the provider's count, from the first piece of the answer to the end; None
+    #: without a count, or where the answer came in one piece
     tokens_per_second: float | None = None
     #: requests sent
     attempts: int = 0
-    #: lost streams that got a connection again
+    #: connections after a loss
     reconnects: int = 0
-    #: whether the answer came from a file
+    #: whether the answer was read from a checkpoint
     cached: bool = False
-    #: what each generation took that was asked for, None where its provider has not said
+    #: the usage of each generation that was requested; None where the provider has not counted
     usage_by_attempt: tuple[Usage | None, ...] = ()
 
 
 class _Clock:
-    """The moments of one call from which its stats are made"""
+    """The moments of one call, for its stats"""
 
     def __init__(self) -> None:
         self.start: float | None = None
         self.answered: float | None = None
         self.first_text: float | None = None
-        self.first_piece: float | None = None  # of anything, reasoning and tool calls too
+        self.first_piece: float | None = None  # also of reasoning and tool calls
         self.pieces = 0
         self.end: float | None = None
         self.longest_gap = 0.0
@@ -7525,7 +7525,7 @@ class _Clock:
         self.chars = 0
 
     def note(self, chunk: Chunk, says: bool, came: float, waited: float = 0.0) -> None:
-        """A chunk that came at a moment, after so many seconds; ``says`` is whether it brings a piece of the answer"""
+        """Counts a chunk that came at a moment, after a wait; ``says`` is whether it holds a piece of the answer"""
         if self.chunks and waited > self.longest_gap:
             self.longest_gap = waited
         self.chunks += 1
@@ -7565,15 +7565,15 @@ class _Clock:
 
 
 class _StreamClosed(SheepError):
-    """close() was called while the reader waited: it ends quietly"""
+    """close() was called while the reader waited: the stream ends without an error"""
 
 
-#: the options of a call for which None means no limit
+#: the options for which None means no limit
 _LIMITS = ("timeout", "first_timeout", "idle_timeout")
 
 
 class _CallOptions(NamedTuple):
-    """What a Client sets for its calls, and a call may set for itself"""
+    """The options of a Client that a single call may replace"""
 
     retry: Retry
     timeout: tuple[float | None, float | None]
@@ -7583,13 +7583,13 @@ class _CallOptions(NamedTuple):
     format: str | None
     max_event_size: int
     max_answer_size: int
-    #: a Limiter, bound or not, or anything with its acquire()
+    #: a Limiter, bound or not, or any object with its acquire()
     limiter: Any = None
     breaker: CircuitBreaker | None = None
     prices: Mapping[str, Price] | None = None
 
     def but(self, **changes: Any) -> _CallOptions:
-        """With ``changes``, where None is no change, or no limit; headers are added to those there are"""
+        """The options with ``changes``; None is no change, or no limit; headers are merged"""
         given = {name: value for name, value in changes.items() if value is not None or name in _LIMITS}
         if "retry" in given:
             given["retry"] = _as_retry(given["retry"])
@@ -7611,7 +7611,7 @@ def _as_retry(retry: Retry | int) -> Retry:
 
 
 class _Terms(NamedTuple):
-    """The options of one call that no client has"""
+    """The options of a single call that a Client has not"""
 
     deadline: float | None = None
     on_retry: Callable[[SheepError, int, float], object] | None = None
@@ -7622,7 +7622,7 @@ class _Terms(NamedTuple):
     alignment: TokenAlignment | None = None
 
     def checked(self) -> _Terms:
-        """Coerce the options to the types that a Stream takes; raise for others"""
+        """Coerce the options to the types that a Stream takes; errors for all others"""
         if self.checkpoint is not None and self.resume_from is not None:
             raise ValueError("a checkpoint knows where it was lost: pass it, or resume_from, not both")
         return self._replace(
@@ -7632,29 +7632,29 @@ class _Terms(NamedTuple):
         )
 
 
-#: seconds that may go into asking the service to end a job
+#: seconds for the request to cancel a job
 _GIVE_UP_TIME = 2.0
-#: seconds for which a stream whose text is whole is waited on for its usage
+#: seconds to wait for the usage once the text is whole
 _USAGE_WAIT = 5.0
-#: seconds that may go into reading a body out after its end marker, so that the connection can be used again
+#: seconds to read a body to its end after the end marker, so that the connection can be used again
 _DRAIN_TIME = 0.05
 
 
 def _is_late(wire: _Wire, after: float = 0.0) -> bool:
-    """Whether the deadline of a call has passed, or will have passed after so many seconds"""
+    """Whether the deadline of a call has passed, or will have passed ``after`` seconds from now"""
     return wire.deadline is not None and time.monotonic() + after >= wire.deadline
 
 
 class _Sender:
-    """Sends the requests of one client for one Stream, with retries. Knows nothing of answers, and of no Stream"""
+    """Sends the requests of one client for one Stream, with retries; knows nothing of answers, nor of the Stream"""
 
     def __init__(
         self, client: Client, target: _Target, request: _Request, options: _CallOptions, terms: _Terms, is_owned: bool
     ) -> None:
         self.client, self.target, self.request, self.options = client, target, request, options
-        #: whether the client ends with the Stream
+        #: whether the client closes with the Stream
         self.is_owned = is_owned
-        #: whether it requests the answer in one piece, where there is no stream
+        #: whether the answer is requested in one piece, where no stream could be had
         self.is_fallback = False
         #: the first request
         self.ask = request.ask()
@@ -7665,7 +7665,7 @@ class _Sender:
         self.origin = _split_url(self.ask.url).netloc.rpartition("@")[2]
         self.response: requests.Response | None = None
         given_id = next((value for name, value in options.headers.items() if name.lower() == "x-request-id"), None)
-        #: the X-Request-ID that is sent, and the provider's id where there is one
+        #: the X-Request-ID that is sent; the provider's id, where there is one
         self.own_request_id = self.request_id = given_id or _new_request_id()
         #: requests sent
         self.attempts = 0
@@ -7676,7 +7676,7 @@ class _Sender:
         self._secrets = client._secrets(target)
 
     def stands_in_for(self, other: _Sender, error: SheepError) -> bool:
-        """Whether this one may succeed where another failed with the error"""
+        """Whether this sender may succeed where another one failed with the error"""
         if isinstance(error, (QueueFullError, QueueTimeoutError)) and self.has_limiter_of(other):
             return False
         if not self.is_fallback:
@@ -7692,7 +7692,7 @@ class _Sender:
 
     @property
     def checkpoint_key(self) -> str:
-        """The hash of the request, by which a checkpoint finds its answer"""
+        """The hash of the request, which names its checkpoint"""
         request = self.request
         body = {name: value for name, value in (self.ask.body or {}).items() if name != "stream"}
         return _request_key([request.dialect.name, _url_without_keys(request.base_url), request.model, body])
@@ -7700,9 +7700,9 @@ class _Sender:
     def send(
         self, ask: _Ask, wire: _Wire, lost: SheepError | None = None, retries_time_outs: bool = True
     ) -> requests.Response:
-        """Return a response whose body may be read, after as many requests as the policy allows
+        """Returns a response with a status of success, after as many requests as the policy allows
 
-        Waits first where ``lost`` is the failure of a connection before.
+        ``lost`` is the failure of a connection before: the wait for it comes first.
         """
         optional = self._optional(ask)
         is_refused, error = False, lost
@@ -7715,7 +7715,7 @@ class _Sender:
                 response = self._accepted(ask, self._sent(ask, {} if is_refused else optional, wire), wire)
             except SheepError as failure:
                 error = self.judged(failure, wire)
-                # a server may refuse what only sheepsse added: it is asked once more without, which is no retry
+                # a server may refuse what sheepsse added: the request is sent once more without it, which is no retry
                 if not is_refused and error.status in (400, 422) and any(name in str(error) for name in optional):
                     is_refused, error = True, None
             else:
@@ -7724,7 +7724,7 @@ class _Sender:
                 return response
 
     def _optional(self, ask: _Ask) -> dict[str, Any]:
-        """What the dialect adds to the caller's own, unless this server refused it before"""
+        """What the dialect adds to the caller's body, unless this server refused it before"""
         if ask.body is None or self.target.base_url in self.client._refusing:
             return {}
         optional = self.target.dialect.optional(self.request.stream)
@@ -7752,7 +7752,7 @@ class _Sender:
         return self.client._send(self.target, wire, ask.method, ask.url, self.options.timeout[0], headers, data)
 
     def _accepted(self, ask: _Ask, response: requests.Response, wire: _Wire) -> requests.Response:
-        """The response where its status is a success; else its error is raised"""
+        """Returns the response where its status is a success, else raises its error"""
         self._secrets.hide_response(response)
         self.response = response
         headers, status = response.headers, response.status_code
@@ -7771,7 +7771,7 @@ class _Sender:
             body = _error_body(response, wire)
         finally:
             response.close()
-        # so that .text and .json() of the error's response work, though it is closed
+        # so that .text and .json() of the response of the error work, though the response is closed
         response._content = self._secrets.hide_bytes(body)
         response._content_consumed = True
         proxy = _proxy_of(self.client._via(), ask.url, self.client._request_options())
@@ -7780,7 +7780,7 @@ class _Sender:
         raise error
 
     def _back_off(self, error: SheepError, wire: _Wire) -> None:
-        """Waits before the next request, or raises the error where there is to be none"""
+        """Waits before the next request, or raises the error where no request may follow"""
         retry = self.options.retry
         delay = retry.wait(error, self.failures + 1)
         if delay is not None and self.has_progress and error.retry_after is None and retry.should_retry is None:
@@ -7792,7 +7792,7 @@ class _Sender:
         self.pause(error, self.failures, delay, wire)
 
     def pause(self, error: SheepError, attempt: int, delay: float, wire: _Wire) -> None:
-        """Waits, and reports the retry; raises where the call is ended meanwhile"""
+        """Reports the retry, and waits; raises where the call is ended meanwhile"""
         retry = self.options.retry
         if retry.on_retry:
             retry.on_retry(error, attempt, delay)
@@ -7802,7 +7802,7 @@ class _Sender:
             raise self.judged(error, wire)
 
     def judged(self, error: SheepError, wire: _Wire) -> SheepError:
-        """The error that a failure means, without the key: limits and ends from outside look like lost connections"""
+        """The error for a failure, without the key; passed limits and ends from outside look like lost connections"""
         self._secrets.hide_error(error)
         if wire.ended == "cancelled":
             return StreamCancelled("the stream was cancelled")
@@ -7814,7 +7814,7 @@ class _Sender:
         return error
 
     def completed(self, error: SheepError) -> SheepError:
-        """The error with its ids, request and response, without the key"""
+        """The error with request id, request and response, without the key"""
         error.request_id = error.request_id or self.request_id
         if error.response is None and self.response is not None:
             error.response, error.request = self.response, self.response.request
@@ -7822,7 +7822,7 @@ class _Sender:
         return error
 
     def cancel_job(self, id: str) -> None:
-        """Asks the service to end a job that nobody waits for any more; that it fails is only logged"""
+        """Requests that the service cancel a job; a failure is only logged"""
         url = self.target.dialect.job_url(self.ask.url, self.ask.body or {}, id, "cancel")
         if not url:
             return
@@ -7849,7 +7849,7 @@ def _json_body(body: Mapping[str, Any]) -> bytes:
 
 
 def _refused_with_200(error: StreamError) -> InvalidStreamError:
-    """The error for one JSON document that is an error: not a stream that failed, but no stream"""
+    """The error for a JSON document with status 200 that holds an error: no stream began"""
     said = str(error).partition(": ")[2]
     return InvalidStreamError(
         f"expected an answer, got status 200 with an error: {said}",
@@ -7867,12 +7867,12 @@ class Stream:
     """The answer to one request, as it is written: an iterator of str, each a piece of text that is not empty
 
     Iterable once; a context manager. The connection is opened at the first ``next()`` or on entering ``with``,
-    so that making one costs and sends nothing. It is let go at the end, on an error, on leaving ``with``, by
-    ``close()``, and when the Stream is collected. Iterating raises a SheepError where the answer cannot be had
-    or made whole, with all that came in its ``partial``. Belongs to one thread, but for ``cancel`` and ``close``.
+    so that making a Stream costs and sends nothing. It is released at the end, on an error, on leaving ``with``, by
+    ``close()``, and when the Stream is collected. Iterating raises a SheepError where the answer cannot be received
+    or made whole; its ``partial`` holds all that was received. Belongs to one thread, except ``cancel`` and ``close``.
     """
 
-    # Nothing that a Stream owns refers to it: so a Stream that is dropped is freed at once
+    # Nothing that a Stream owns refers to the Stream: a Stream that is dropped is freed at once
 
     def __init__(self, senders: Sequence[_Sender], terms: _Terms, answer: _Answer, marks: _Marks) -> None:
         self._spares = list(senders[1:])
@@ -7882,7 +7882,7 @@ class Stream:
         self._is_open = False
         self._is_over = False
         self._attempts_before = 0  # by senders before this one
-        self._slot: ContextManager[object] | None = None  # of the limiter, as long as it is held
+        self._slot: ContextManager[object] | None = None  # of the limiter, while it is held
         self._passage: _Passage | None = None  # through the breaker
         self._use(senders[0], answer, marks)
 
@@ -7897,21 +7897,21 @@ class Stream:
         self._clock = _Clock()
         self._reconnects = 0
         self._continuity = "single"
-        #: what each generation took that was requested, None where its provider has not said
+        #: of each generation that was requested; None where the provider has not counted
         self._usages: list[Usage | None] = []
         self._journal: _Journal | None = None
-        self._is_cached = False  # whether the answer is a checkpoint's
-        self._saved: Iterator[Chunk] | None = None  # what a checkpoint holds, to be returned first
-        self._is_untold = False  # whether nothing of what a checkpoint holds was returned yet
+        self._is_cached = False  # whether the answer is read from a checkpoint
+        self._saved: Iterator[Chunk] | None = None  # the chunks of a checkpoint, to be returned first
+        self._has_unreturned = False  # whether a checkpoint holds chunks, and none was returned yet
         self._queue: collections.deque[_Came] = collections.deque()
         self._failure: SheepError | None = None  # of the connection, behind what is in the queue
         self._reading: _Reading | None = None  # None where there is no more to read
         self._is_whole = False  # whether only the usage, or the end marker, may still come
-        self._is_event_whole = False  # whether nothing is left of the event of the last chunk
-        self._is_awaited = False  # whether the time for the next chunk begins anew
-        self._is_idle_awaited = False  # whether it is idle_timeout that is waited for
+        self._is_event_whole = False  # whether the last chunk was the last of its event
+        self._is_awaited = False  # whether the time limit for the next chunk begins anew
+        self._is_idle_awaited = False  # whether that limit is idle_timeout
         self._answered_at = 0.0
-        self._came_at = time.monotonic()  # the last chunk, or the beginning
+        self._received_at = time.monotonic()  # the last chunk, or the beginning
         self._waited = 0.0  # for the chunk that is returned next
 
     def _first_plan(self) -> _Plan:
@@ -7938,7 +7938,7 @@ class Stream:
             yield chunk
 
     def _read(self, is_to_open: bool = False) -> Chunk | None:
-        """The next chunk, None at the end; whatever ends the stream lets go of the connection"""
+        """The next chunk, None at the end; whatever ends the stream releases the connection"""
         if not self._lock.acquire(blocking=False):
             if self._wire.ended:  # and the thread that ended it holds the lock
                 return None
@@ -7954,7 +7954,7 @@ class Stream:
                         return None
                     chunk = self._next()
                 except SheepError as error:
-                    if not self._took_a_spare(error):
+                    if not self._moved_to_spare(error):
                         raise
                     continue
                 self._is_over = chunk is None
@@ -7981,19 +7981,19 @@ class Stream:
     # Opening: a checkpoint, a slot, the first response
 
     def _open(self) -> None:
-        """Gets the first response whose body may be read, or what a checkpoint holds"""
+        """Opens the first connection, or a complete checkpoint"""
         terms = self._terms
         if self._spares and terms.checkpoint is not None and not terms.refresh:
-            # a whole answer that is in a file already is returned, whoever gave it
+            # a complete checkpoint answers, whichever client it is of
             senders = [self._sender, *self._spares]
             saved = (each for each in senders if terms.checkpoint.is_complete(each.checkpoint_key))
             sender = next(saved, self._sender)
             if sender is not self._sender:
                 self._use(sender, _Answer(), _Marks())
         self._wire.begin_process()
-        self._came_at = time.monotonic()
+        self._received_at = time.monotonic()
         if self._clock.start is None:
-            self._clock.start = self._came_at
+            self._clock.start = self._received_at
         if terms.deadline is not None:
             self._wire.deadline = self._clock.start + terms.deadline
         is_begun = terms.resume_from is not None
@@ -8004,16 +8004,16 @@ class Stream:
             self._admit()
         if self._journal is not None:
             self._load(self._journal)
-            is_begun = self._is_untold
-        if not (self._is_whole or (is_begun and self._resumed_from_elsewhere(terms.resume))):
+            is_begun = self._has_unreturned
+        if not (self._is_whole or (is_begun and self._resume_elsewhere(terms.resume))):
             self._begin()
         self._is_open = True
 
     def _admit(self) -> None:
-        """Waits for a slot of the limiter, and for leave of the breaker, before anything is sent"""
+        """Waits for a slot of the limiter, and for the breaker, before anything is sent"""
         limiter, breaker = self._sender.options.limiter, self._sender.options.breaker
         if breaker is not None and self._passage is None:
-            breaker.check()  # there is no use in waiting
+            breaker.check()  # an open breaker makes the wait useless
         if limiter is not None and self._slot is None:
             slot = self._acquired(limiter)
             slot.__enter__()
@@ -8052,8 +8052,8 @@ class Stream:
         if self._wire.ended:
             raise self._sender.judged(StreamInterrupted("ended before it was sent"), self._wire)
 
-    def _tell_place(self, told: Callable[[int], object]) -> None:
-        """Has the place in the queue of its Limiter told to somebody, who belongs to the thread that reads"""
+    def _report_position(self, told: Callable[[int], object]) -> None:
+        """Reports the position in the queue of the Limiter to ``told``, in the thread that reads"""
         for sender in (self._sender, *self._spares):
             limiter = sender.options.limiter
             if isinstance(limiter, Limiter):
@@ -8063,60 +8063,60 @@ class Stream:
                 sender.options = sender.options._replace(limiter=limiter)
 
     def _load(self, journal: _Journal) -> None:
-        """Takes what a checkpoint holds for what was received"""
+        """Takes the chunks of a checkpoint as received"""
         for chunk in journal.chunks:
             self._answer.add(chunk)
         marks = _marks_of([chunk.event_id for chunk in journal.chunks])
         if marks:
             self._marks = _Marks(marks)
         self._continuity = journal.continuity
-        self._is_untold = bool(journal.chunks)
+        self._has_unreturned = bool(journal.chunks)
         self._is_whole = journal.complete or self._lacks_only_its_end
-        if self._is_whole and not journal.complete and not self._resumed_for_usage():
+        if self._is_whole and not journal.complete and not self._resume_for_usage():
             journal.finish()
         self._is_cached = journal.complete
 
     @property
     def _lacks_only_its_end(self) -> bool:
-        """Whether an answer without its end marker lacks nothing but that, and perhaps its usage"""
+        """Whether an answer lacks only its end marker, and perhaps its usage"""
         return self._plan.dialect.choices == 1 and self._answer.settled and self._answer.finish not in (None, "other")
 
-    def _resumed_for_usage(self) -> bool:
-        """Whether there is a connection for the usage that a checkpoint lacks, where it is had for nothing"""
+    def _resume_for_usage(self) -> bool:
+        """Connects for the usage that a checkpoint lacks, where that is not billed; False where it cannot"""
         try:
             is_allowed = self._answer.usage is None and "replay" in self._terms.resume
-            return is_allowed and self._resumed_from_elsewhere(("replay",))
+            return is_allowed and self._resume_elsewhere(("replay",))
         except SheepError as error:
             judged = self._sender.judged(error, self._wire)
             _log.debug("request %s: the usage is lost: %s", self._sender.own_request_id, judged)
             return False
 
     def _begin(self) -> None:
-        """Opens the first connection for an answer of which nothing is to be used"""
+        """Connects for a fresh answer; nothing that was received before is used"""
         if self._answer.given and self._journal is None:
             raise StreamInterrupted("no strategy goes on from what was received before", retryable=False)
         plan = self._first_plan()
         self._connect(plan)
         self._usages.append(None)
-        if self._is_untold and self._journal is not None:
+        if self._has_unreturned and self._journal is not None:
             own_id = self._sender.own_request_id
             _log.info("request %s: nothing goes on from what was saved, it is asked anew", own_id)
             self._journal.restart()
             self._continuity = "restarted"
-        self._is_untold = False
+        self._has_unreturned = False
         self._answer, self._marks = _Answer(), _Marks()
 
     def _connect(self, plan: _Plan, lost: SheepError | None = None) -> None:
-        """Opens the connection of a plan, after a failure that is waited for first"""
-        retries_time_outs = not self._spares or self._answer.given  # another client need not wait for as long again
+        """Connects by a plan; the wait for the failure before comes first"""
+        retries_time_outs = not self._spares or self._answer.given  # else another client would wait as long again
         self._sender.send(plan.ask, self._wire, lost, retries_time_outs)
         self._answered_at = time.monotonic()
         if self._clock.answered is None:
             self._clock.answered = self._answered_at
         self._plan = plan
 
-    def _took_a_spare(self, error: SheepError) -> bool:
-        """Whether another sender takes the place of one by which nothing was returned"""
+    def _moved_to_spare(self, error: SheepError) -> bool:
+        """Takes another sender in place of one by which nothing was returned; False where there is none"""
         failed = self._sender
         is_ended = self._wire.ended or _is_late(self._wire)
         if is_ended or self._clock.pieces or self._terms.resume_from is not None:
@@ -8149,7 +8149,7 @@ class Stream:
         if self._wire.ended or (self._wire.deadline is not None and _is_late(self._wire) and not self._has_all):
             raise self._sender.judged(StreamTimeout("the deadline of the call has passed"), self._wire)
         if self._saved is None:
-            self._saved = self._begin_to_read()
+            self._saved = self._confirmed_chunks()
         saved = next(self._saved, None)
         if saved is not None:
             self._is_event_whole = True
@@ -8160,7 +8160,7 @@ class Stream:
             return None
         chunk, events, usage = self._queue.popleft()
         says = self._answer.add(chunk)
-        self._clock.note(chunk, says, self._came_at, self._waited)
+        self._clock.note(chunk, says, self._received_at, self._waited)
         self._waited, self._is_event_whole = 0.0, bool(events)
         if events:
             self._marks.first = self._marks.first or events[0]
@@ -8169,7 +8169,7 @@ class Stream:
             self._usages[-1:] = [usage]
         if says:
             self._sender.has_progress = True
-        if says or chunk.finish_reason or self._plan.dialect.whole:  # else it is as good as a ping
+        if says or chunk.finish_reason or self._plan.dialect.whole:  # else the chunk is like a ping
             self._is_awaited = True
         if self._answer.size > self._sender.options.max_answer_size:
             raise StreamError(
@@ -8180,7 +8180,7 @@ class Stream:
         if self._journal is not None:
             if self._journal.continuity != self._continuity:
                 self._journal.note(self._continuity)
-            # where to go on after a kill is known of events with an id of their own alone
+            # after a kill, a stream resumes only after an event with an id of its own
             is_known = not chunk.event_id or self._has_own_id
             self._journal.write([_chunk_fields(chunk if is_known else chunk._replace(event_id=""))])
         if self._alignment is not None:
@@ -8189,37 +8189,37 @@ class Stream:
 
     @property
     def _has_own_id(self) -> bool:
-        """Whether the chunk that was returned last completes an event that has an id of its own"""
+        """Whether the last chunk ends an event that has an id of its own"""
         return self._is_event_whole and bool(self._marks.cursor)
 
     @property
     def _has_all(self) -> bool:
-        """Whether the answer is whole, and nothing of it is in the queue"""
+        """Whether the answer is whole, and no piece of it is in the queue"""
         if self._is_cached:
             return True
         return (self._is_whole or self._plan.dialect.whole) and not any(_says(chunk) for chunk, _, _ in self._queue)
 
-    def _begin_to_read(self) -> Iterator[Chunk]:
-        """Begins, and gives what a checkpoint holds, once it is known that the answer goes on from there"""
+    def _confirmed_chunks(self) -> Iterator[Chunk]:
+        """The chunks of a checkpoint, which are returned once the new connection has given its first chunk"""
         if self._sender.response is not None and not self._is_cached:
-            self._read_on()
-        if self._is_untold:
+            self._begin_reading()
+        if self._has_unreturned:
             self._fill()
-            self._is_untold = False
+            self._has_unreturned = False
         return iter(self._journal.chunks if self._journal is not None else ())
 
-    def _read_on(self) -> None:
-        """Begins to read the connection that was opened last"""
+    def _begin_reading(self) -> None:
+        """Begins to read the connection that was opened"""
         response, options = self._sender.response, self._sender.options
         assert response is not None
         blocks = _limited_blocks(response, self._wire)
         self._reading = _Reading(self._plan, self._marks, response, blocks, options.format, options.max_event_size)
         self._is_idle_awaited = False
-        if self._wire.due is not None:  # what the caller did since the answer began is not the server's time
+        if self._wire.due is not None:  # the caller's own time does not count
             self._wire.due += time.monotonic() - self._answered_at
 
     def _fill(self) -> bool:
-        """Reads until there is something in the queue; False at the end. The one place where a loss is handled"""
+        """Reads until the queue has a chunk; False at the end. The one place that handles a loss"""
         asked = time.monotonic()
         while not self._queue:
             reading, failure = self._reading, self._failure
@@ -8238,26 +8238,26 @@ class Stream:
                         self._wire.due = asked + self._sender.options.idle_timeout
                 reading.turn(self._queue)
                 if reading.ended:
-                    self._end_reading(reading)
+                    self._end_answer(reading)
             except SheepError as error:
                 if failure is None and reading is not None:
                     error = self._lost(error, reading)
                 if not self._queue:
-                    self._go_on(error)
+                    self._reconnect(error)
                     continue
                 # what came before the loss is returned first
                 self._failure = error
                 for link in _chain(error):
                     link.__traceback__ = None  # whose frames hold the Stream, which would hold itself
             except BaseException:
-                self._let_go()
+                self._close_reading()
                 raise
-        self._came_at = time.monotonic()
-        self._waited = self._came_at - asked
+        self._received_at = time.monotonic()
+        self._waited = self._received_at - asked
         return True
 
     def _expect(self, is_whole: bool) -> None:
-        """Begins the time for the next chunk, or for the usage where the answer is whole"""
+        """Sets the time limit for the next chunk, or for the usage where the answer is whole"""
         idle = self._sender.options.idle_timeout
         self._is_idle_awaited = not is_whole
         if is_whole:
@@ -8265,8 +8265,8 @@ class Stream:
         else:
             self._wire.expect(idle, f"no chunk came for the idle_timeout of {idle} seconds")
 
-    def _end_reading(self, reading: _Reading) -> None:
-        """The answer has ended, on this connection"""
+    def _end_answer(self, reading: _Reading) -> None:
+        """Handles the end of the answer on this connection"""
         if self._wire.ended:
             raise StreamInterrupted("ended from outside")
         if reading.plan.dialect.done:
@@ -8277,10 +8277,10 @@ class Stream:
             raise StreamInterrupted("the connection was lost between the answer and its usage")
         if reading.usage is not None and not self._queue:
             self._usages[-1:] = [reading.usage]
-        self._let_go()
+        self._close_reading()
         reading.end(self._queue)
 
-    def _let_go(self) -> None:
+    def _close_reading(self) -> None:
         """Gives the connection back, or closes it"""
         reading, self._reading = self._reading, None
         self._wire.detach()
@@ -8288,7 +8288,7 @@ class Stream:
             reading.response.close()
 
     def _complete(self) -> None:
-        """The answer is whole, and all of it was returned"""
+        """Ends a whole answer, all of which was returned"""
         if self._journal is not None and not self._is_cached:
             self._journal.note(self._continuity)
             self._journal.finish()
@@ -8306,16 +8306,16 @@ class Stream:
     # Resuming: a loss, the next plan
 
     def _lost(self, error: SheepError, reading: _Reading) -> SheepError:
-        """The error that a failure to read on means"""
+        """Closes a connection that failed, and gives the error for it"""
         if reading.is_document and isinstance(error, StreamError) and not (self._answer.given or reading.said):
             error = _refused_with_200(error)
-        self._let_go()
+        self._close_reading()
         judged = self._sender.judged(error, self._wire)
         judged.__cause__ = error.__cause__
         return judged
 
-    def _go_on(self, lost: SheepError) -> None:
-        """Begins to read the next connection; raises the error where there is none"""
+    def _reconnect(self, lost: SheepError) -> None:
+        """Reads on by another connection; raises the error where there is none"""
         try:
             self._resume(lost)
         except SheepError as error:
@@ -8324,10 +8324,10 @@ class Stream:
             own_id = self._sender.own_request_id
             _log.debug("request %s: the answer is whole, what follows it is lost: %s", own_id, error)
         else:
-            self._read_on()
+            self._begin_reading()
 
     def _resume(self, lost: SheepError) -> None:
-        """Opens the next connection for a stream that was lost; raises the error where no plan is left"""
+        """Connects again after a loss; raises the error where no plan works"""
         if self._wire.ended:
             raise lost
         if self._plan.dialect.pending:
@@ -8335,33 +8335,33 @@ class Stream:
             return
         is_last_try = self._sender.failures + 1 >= self._sender.options.retry.total
         try:
-            if is_last_try and self._is_untold and isinstance(lost, StreamInterrupted) and lost.__cause__ is None:
-                raise lost  # that the server ended, again and again: the last request is not spent on more of it
+            if is_last_try and self._has_unreturned and isinstance(lost, StreamInterrupted) and lost.__cause__ is None:
+                raise lost  # the server ends the stream each time: the last request is for a fresh answer
             if lost.retryable:
-                if self._tried(self._terms.resume, self._state(), lost):
+                if self._try_strategies(self._terms.resume, self._lost_state(), lost):
                     return
                 self._is_whole = self._is_whole or (self._lacks_only_its_end and bool(self._terms.resume))
             raise lost
         except StreamInterrupted as error:
-            if error is not lost or not self._is_untold or self._is_whole or _is_late(self._wire):
+            if error is not lost or not self._has_unreturned or self._is_whole or _is_late(self._wire):
                 raise
             self._resume_otherwise(lost)
 
     def _resume_otherwise(self, failed: SheepError) -> None:
-        """Goes on from what a checkpoint holds by a strategy not tried yet, where one was in vain; at last, afresh"""
+        """Resumes a checkpoint by the strategies after one that failed, and at last afresh"""
         self._sender.failures += 1
         if self._sender.failures > self._sender.options.retry.total:
             raise failed
         _log.info("request %s: %s", self._sender.own_request_id, failed)
         names = self._terms.resume
-        if not self._resumed_from_elsewhere(names[names.index(self._plan.strategy) + 1 :]):
+        if not self._resume_elsewhere(names[names.index(self._plan.strategy) + 1 :]):
             self._begin()
 
-    def _resumed_from_elsewhere(self, names: Sequence[str]) -> bool:
-        """Whether there is a connection for an answer of which some was received before, by another call"""
-        return self._tried(names, self._state()._replace(dialect=None, given=None), None)
+    def _resume_elsewhere(self, names: Sequence[str]) -> bool:
+        """Connects to resume an answer of another call or process; False where no strategy works"""
+        return self._try_strategies(names, self._lost_state()._replace(dialect=None, given=None), None)
 
-    def _state(self) -> _Lost:
+    def _lost_state(self) -> _Lost:
         is_kept = self._plan.keeps_reader
         return _Lost(
             self._sender.request,
@@ -8373,11 +8373,13 @@ class Stream:
             self._plan.given if is_kept else None,
         )
 
-    def _tried(self, names: Sequence[str], state: _Lost, lost: SheepError | None) -> bool:
+    def _try_strategies(self, names: Sequence[str], state: _Lost, lost: SheepError | None) -> bool:
         """Connects with the first strategy that works; False where none does"""
         since = time.monotonic()
-        is_spent = len(self._usages) > self._sender.options.retry.total  # what is billed again is limited in all
-        has_ended = isinstance(lost, StreamError) and bool(self._answer.finish_reason)  # there is no more of it
+        is_spent = (
+            len(self._usages) > self._sender.options.retry.total
+        )  # a limit for all requests that are billed again
+        has_ended = isinstance(lost, StreamError) and bool(self._answer.finish_reason)  # nothing more follows
         for name in names:
             wait_for = lost
             for plan in _STRATEGIES[name](state):
@@ -8385,14 +8387,14 @@ class Stream:
                     continue
                 if plan.is_billed and (is_spent or self._refusal(plan) in self._sender.client._refusing):
                     continue
-                if self._opened(plan, lost, wait_for):
-                    self._note_plan(plan, since)
+                if self._is_accepted(plan, lost, wait_for):
+                    self._adopt(plan, since)
                     return True
                 wait_for = None
         return False
 
-    def _opened(self, plan: _Plan, lost: SheepError | None, wait_for: SheepError | None) -> bool:
-        """Whether the server takes a plan; raises what no other plan could mend"""
+    def _is_accepted(self, plan: _Plan, lost: SheepError | None, wait_for: SheepError | None) -> bool:
+        """Connects by a plan; False where the server refuses it, errors that no other plan can mend are raised"""
         if plan.resets_budget and self._sender.has_progress:
             self._sender.failures = 0
         try:
@@ -8405,7 +8407,13 @@ class Stream:
                 self._sender.client._refusing.add(self._refusal(plan))
             return False
         except (ConnectError, RateLimitError, ServerError, StreamTimeout) as failure:
-            if lost is None or failure is lost or not self._answer.given or self._is_untold or _is_late(self._wire):
+            if (
+                lost is None
+                or failure is lost
+                or not self._answer.given
+                or self._has_unreturned
+                or _is_late(self._wire)
+            ):
                 raise
             raise lost from failure
         return True
@@ -8414,8 +8422,8 @@ class Stream:
         """Key under which a refused plan is remembered"""
         return f"{plan.strategy} {self._sender.request.model} at {self._sender.target.base_url}"
 
-    def _note_plan(self, plan: _Plan, since: float) -> None:
-        """Notes a plan that the server took"""
+    def _adopt(self, plan: _Plan, since: float) -> None:
+        """Adopts a plan that the server accepted"""
         if plan.is_billed:
             self._usages.append(None)
             self._marks = _Marks()
@@ -8431,28 +8439,28 @@ class Stream:
             on_reconnect(self._attempts, time.monotonic() - since)
 
     def _poll_again(self, lost: SheepError) -> None:
-        """A job that is not done is asked for until it is, which costs nothing, within the limits"""
+        """Requests an unfinished job again, within the time limits; polling is not billed"""
         options = self._sender.options
         delay = options.retry.backoff(self._attempts)
         limit = options.idle_timeout if self._answer.given else options.first_timeout
-        if limit is not None and time.monotonic() + delay - self._came_at > limit:
+        if limit is not None and time.monotonic() + delay - self._received_at > limit:
             raise StreamTimeout(f"the response is not whole yet, and no chunk came for {limit} seconds") from lost
         if _is_late(self._wire, delay):
             raise lost
         self._sender.pause(lost, self._attempts, delay, self._wire)
-        plan = _poll(self._state())
-        if plan is None or not self._opened(plan, lost, None):
+        plan = _poll(self._lost_state())
+        if plan is None or not self._is_accepted(plan, lost, None):
             raise lost
 
     # Ending
 
     def _end_passage(self, success: bool | None) -> None:
-        """Tells the breaker how the call ended; the first that is said counts"""
+        """Tells the breaker how the call ended; only the first report counts"""
         if self._passage is not None:
             self._passage.end(success)
 
     def _outcome(self, error: SheepError) -> bool | None:
-        """What an error says of the provider; None where it was not asked, or the caller's own deadline has passed"""
+        """What an error means for the breaker; None where nothing was sent, or the caller's own deadline has passed"""
         return None if not self._sender.attempts or _is_late(self._wire) else _was_success(error)
 
     def _report(self, error: SheepError) -> None:
@@ -8469,12 +8477,12 @@ class Stream:
             on_give_up(error, self._attempts)
 
     def _give_up(self) -> None:
-        """Asks the service to end a job that nobody waits for any more"""
+        """Cancels the job of an answer that nobody waits for"""
         if not self._answer.complete and self._wire.is_own:
             self._sender.cancel_job(self._answer.id)
 
     def _release(self) -> None:
-        """Lets go of the connection and of the journal; may be called again"""
+        """Releases the connection and the journal; may be called again"""
         self._wire.detach()
         if self._sender.response is not None:
             self._sender.response.close()
@@ -8482,7 +8490,7 @@ class Stream:
             self._journal.close()
 
     def _finish(self) -> None:
-        """Lets go of all that is held; may be called again"""
+        """Releases all that is held; may be called again"""
         self._is_over = True
         if self._clock.end is None and self._clock.start is not None:
             self._clock.end = time.monotonic()
@@ -8505,7 +8513,7 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Ends the stream quietly, and lets go of its connection; from any thread, and again"""
+        """Ends the stream without an error, and releases its connection; from any thread, any number of times"""
         self._wire.end("closed")
         if self._lock.acquire(blocking=False):  # else the reader's thread wakes, and closes
             try:
@@ -8547,29 +8555,29 @@ class Stream:
 
     @property
     def usage(self) -> Usage | None:
-        """What the provider counted, None where it has not said"""
+        """The provider's count of tokens, None where there is none"""
         return self._answer.usage
 
     @property
     def cost(self) -> Decimal | None:
-        """What the usage costs, as the function ``cost`` finds it, with the client's prices; None where nobody knows"""
+        """The cost of the usage, as by the function ``cost`` with the client's prices; None where it is unknown"""
         prices = self._sender.options.prices or {}
         price = prices.get(self.model) or prices.get(self._sender.request.model)
         return cost(self.usage, price, model=self.model, provider=self._sender.target.provider)
 
     @property
     def model(self) -> str:
-        """The model that answers, before it says so the one asked for"""
+        """The model that answers; before the answer names it, the model that was requested"""
         return self._answer.model or self._sender.request.model
 
     @property
     def id(self) -> str:
-        """The answer's id, "" before it is known"""
+        """The id of the answer, "" before it is known"""
         return self._answer.id
 
     @property
     def request_id(self) -> str:
-        """The provider's id of the request, else the X-Request-ID that is sent with each of its tries"""
+        """The provider's id of the request, else the X-Request-ID that every attempt sends"""
         return self._sender.request_id
 
     @property
@@ -8583,12 +8591,12 @@ class Stream:
 
     @property
     def stats(self) -> StreamStats:
-        """How it went so far"""
+        """Measurements so far"""
         return self._clock.stats(self._usages, self._attempts, self._reconnects, self._is_cached)
 
     @property
     def continuity(self) -> str:
-        """The weakest way that made it whole: "single", "replayed", "verified", "restarted" or "continued" last"""
+        """The weakest strategy used so far: "single", "replayed", "verified", "restarted" or, weakest, "continued\""""
         return self._continuity
 
     @property
@@ -8598,28 +8606,28 @@ class Stream:
 
 
 class Client:
-    """A provider, as it is asked: its address, key, dialect and policies, and the connections to it
+    """A provider: its address, key, dialect and policies, and the connections to it
 
-    Who is asked is settled in this order: ``provider``, a name in PROVIDERS; the host of ``base_url``; the first
+    The provider is found in this order: ``provider``, a name in PROVIDERS; the host of ``base_url``; the first
     provider whose key is set in the environment, in the order of PROVIDERS, that serves the model's name. A key
     from the environment goes to its own provider's hosts only; ``api_key=False`` is for servers without keys.
 
     ``timeout`` is (connect, without a byte), ``first_timeout`` and ``idle_timeout`` are for the first Chunk and
-    between two, which keep-alive comments do not count for; all in seconds, None for no limit. ``retry`` is a
+    between two Chunks (keep-alive comments are none); all in seconds, None for no limit. ``retry`` is a
     Retry or a number of retries. ``limiter``, a Limiter, what its ``bind()`` gives or any object whose ``acquire()``
     gives a context manager, holds a slot for each stream; ``breaker`` is a CircuitBreaker; ``prices`` are Prices by
     model, for ``Stream.cost``. ``headers`` are sent with each request. ``session`` may be any object shaped
     like a requests.Session: it keeps its adapters, and their retries come on top of ``retry``; ``cancel()`` and
     the limits then reach a read, but not a wait for headers, nor bytes that trickle inside a chunk's size.
-    ``verify``, ``proxies`` and ``cert`` are as in requests; where they are given the environment is not looked at for
-    them: ``proxies={}`` is no proxy.
+    ``verify``, ``proxies`` and ``cert`` are as in requests, and replace those of the environment: ``proxies={}`` is no
+    proxy.
     ``format`` ("sse" or "json") overrides what the answer's Content-Type says; ``max_event_size`` and
     ``max_answer_size`` are in bytes: a larger event is an InvalidStreamError, more text, reasoning and arguments a
     StreamError.
-    No error and no log line of ours shows the key; what is secret in a ``base_url`` urllib3 logs at DEBUG.
+    No error and no log line of sheepsse shows the key. urllib3 logs the URL at DEBUG, with any secret in ``base_url``.
 
-    May be shared between threads; in a forked process it opens connections of its own, unless ``session`` is the
-    caller's. A context manager with ``close()``.
+    May be shared between threads. A forked process opens connections of its own, unless ``session`` was passed. A
+    context manager with ``close()``.
     """
 
     provider: str | None = None  # for __repr__, also of one that could not be made
@@ -8661,7 +8669,7 @@ class Client:
         self.model = model
         self._api_key = api_key
         given = {"verify": None if verify is True else verify, "proxies": proxies, "cert": cert}
-        #: what goes before the environment's; it may hold a proxy's password
+        #: what replaces the settings of the environment; it may hold the password of a proxy
         self._connection = _Hidden({name: value for name, value in given.items() if value is not None})
         self._dialect = None if dialect is None else _dialect(dialect)
         limits = _as_pair(timeout), first_timeout, idle_timeout
@@ -8676,7 +8684,7 @@ class Client:
             prices=prices,
         )
         self._session = session
-        self._refusing: set[str] = set()  # base URLs that refuse what the dialect asks for beside the caller's own
+        self._refusing: set[str] = set()  # base URLs that refuse what the dialect adds, and refused plans
         self._begin_process()
         _of_process.add(self)
 
@@ -8695,7 +8703,7 @@ class Client:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For workers of other processes: all but the key, the limiter and the breaker; TypeError where it has a key"""
+        """For other processes: all but key, limiter and breaker; TypeError for a Client with a key"""
         secret = _Secrets(self._options.headers, self.base_url or "", self._connection.get("proxies"))
         if isinstance(self._api_key, str) or self._session is not None or secret.words:
             raise TypeError(
@@ -8775,17 +8783,17 @@ class Client:
             return self._own_session
 
     def _secrets(self, target: _Target) -> _Secrets:
-        """What a call to the target must not show: its key, what a session of the caller's own adds, proxies"""
+        """The secrets of a call: the key, headers of a session that was passed, passwords of proxies"""
         headers = {**(getattr(self._session, "headers", None) or {}), **target.key_headers}
         proxies = {**_environment_proxies(), **self._connection.get("proxies", {})}
         return _secrets_of(tuple(headers.items()), target.base_url, tuple(proxies.items()))
 
     def _request_options(self) -> Mapping[str, Any]:
-        """What a session of the caller's own is told with each request; ours knows it"""
+        """Options that a session which was passed gets with each request; our own session has them"""
         return {} if self._session is None else self._connection
 
     def _target(self, model: str | None, headers: Mapping[str, str]) -> _Target:
-        """Who is asked, with which key"""
+        """The provider, the address and the key for a model"""
         name = self.provider
         if name is None:
             name = _provider_of_origin(self.base_url) if self.base_url else _provider_of_environment(model)
@@ -8804,7 +8812,9 @@ class Client:
             return _checked_key(self._api_key, "api_key", row)
         if row is not None and not row.key_variable:
             return None
-        if row is None or _origin(base_url) != _origin(row.base_url):  # a key from the environment stays at home
+        if row is None or _origin(base_url) != _origin(
+            row.base_url
+        ):  # a key from the environment goes to its own provider only
             return _checked_key(None, f"the call to {_public_url(base_url)}", None)
         source = row.key_variable
         if self.provider is None and self.base_url is None and _is_placeholder(_key_of_environment(row)):
@@ -8812,9 +8822,9 @@ class Client:
         return _checked_key(_key_of_environment(row), source, row)
 
     def check(self, timeout: float = 10) -> Health:
-        """Whether the provider can be reached and takes the key; sends one small request that costs nothing
+        """Whether the provider can be reached and accepts the key; sends one small request that is not billed
 
-        Never raises for what it finds, never retries. ``timeout`` is in seconds, for all of it.
+        Never raises for what it finds, never retries. ``timeout`` is in seconds, for the whole check.
         """
         try:
             target = self._target(self.model, self._options.headers)
@@ -8834,7 +8844,7 @@ class Client:
         return Health(True, "ok", latency, tuple(_model_names(body)))
 
     def _asked(self, target: _Target, timeout: float) -> Any:
-        """What a GET at the provider gives, as JSON"""
+        """The JSON answer to a GET of the check URL"""
         url = target.check_url
         failure: list[SheepError] = []
         wire = _Wire(timeout, deadline=timeout)
@@ -8870,9 +8880,9 @@ def _client_of(
     return made
 
 
-#: keywords that make a Client of their own in stream() and complete()
+#: keywords of stream() and complete() that make a Client
 _CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session", "verify", "proxies", "cert")
-#: keywords that the body must never see, and why they are refused
+#: keywords that must not go into the body, and why they are refused
 _REFUSED_OPTIONS = {
     **dict.fromkeys(_CLIENT_OPTIONS, "belongs to the Client"),
     **dict.fromkeys(("alignment", "client", "fallback", "resume", "resume_from"), "is no option here"),
@@ -8880,7 +8890,7 @@ _REFUSED_OPTIONS = {
 
 
 def _refuse_options(params: dict[str, Any]) -> None:
-    """No option of ours goes into the body, where it would be a riddle to the server"""
+    """Refuses options of sheepsse that would go into the body"""
     for name in _REFUSED_OPTIONS:
         value = params.pop(name, None)
         if value is not None and not (value is False and name == "fallback"):
@@ -8888,7 +8898,7 @@ def _refuse_options(params: dict[str, Any]) -> None:
 
 
 def _model_names(answer: Any) -> Iterator[str]:
-    """The models in a list of them, in any vendor's shape"""
+    """The names in a list of models, in any vendor's shape"""
     answer = _dict(answer)
     names = [_dict(row).get("id") for row in _list(answer.get("data"))]
     names += [_dict(row).get("name") for row in _list(answer.get("models"))]  # Gemini, Ollama
@@ -8898,7 +8908,7 @@ def _model_names(answer: Any) -> Iterator[str]:
 
 @functools.lru_cache(None)
 def _default_client() -> Client:
-    """The environment's Client, one for a process"""
+    """The Client of the environment, one for each process"""
     return Client()
 
 
@@ -8922,34 +8932,34 @@ def stream(
         for text in sheepsse.stream("Explain SSE", model="deepseek-chat"):
             print(text, end="", flush=True)
 
-    ``params`` go into the request's body as they are (``temperature``, ``max_tokens``, ``tools``, ...), those in
-    ``extra_body`` too; keywords of Client make one that closes with the stream, and ``retry``, ``timeout``,
-    ``first_timeout``, ``idle_timeout``, ``limiter``, ``breaker``, ``prices``, ``headers``, ``format``,
-    ``max_event_size`` and ``max_answer_size`` beside a ``client`` count for this call. Without a ``client`` the
-    environment says who is asked.
+    ``params`` go into the body of the request unchanged (``temperature``, ``max_tokens``, ``tools``, ...), and so does
+    ``extra_body``. Keywords of Client make a Client that closes with the stream. Beside a ``client``, these keywords
+    apply to this call: ``retry``, ``timeout``, ``first_timeout``, ``idle_timeout``, ``limiter``, ``breaker``,
+    ``prices``, ``headers``, ``format``, ``max_event_size`` and ``max_answer_size``. Without a ``client``, the
+    environment names the provider.
 
-    Of several clients in a list the next one is asked, with its own model, where one is down, refuses for a limit, a
-    quota or an open breaker, and has given nothing yet. ``fallback`` asks at last without streaming where there is no
-    stream: the text then comes in one piece. ``alignment`` is a TokenAlignment.
+    ``client`` may be a list: the next client is tried, with its own model, where one is down, rate limited, out of
+    quota or behind an open breaker, and has returned nothing yet. With ``fallback``, the last attempt is without
+    streaming, where no stream could be had: the text then comes in one piece. ``alignment`` is a TokenAlignment.
 
-    ``deadline`` is in seconds for the whole call; only the system's look-up of a host name, which nothing can end, may
-    take longer. ``on_retry(error, attempt, delay)`` replaces the policy's.
+    ``deadline`` is in seconds for the whole call; only the system's look-up of a host name may take longer.
+    ``on_retry(error, attempt, delay)`` replaces that of the policy.
 
-    A stream whose connection is lost goes on where it was lost, if that can neither repeat nor lose text; else
-    StreamInterrupted is raised. ``resume`` names the ways that may be tried, one or several in their order:
-    ``replay`` (the server gives ids, or keeps the answer: OpenAI Responses with ``background=True``), ``restart``
-    (nothing was given out yet), ``continue`` (the provider goes on with a partial answer: DeepSeek, Mistral, vLLM,
-    Anthropic up to 4.5), ``verify`` (asked again, swallowed while equal; also where only the usage was lost),
-    ``anchor`` (the model is told to repeat its last words and go on). ``"auto"`` is the first three, ``"never"`` is
-    none. All but ``replay`` are billed again, at most ``retry.total`` times. ``resume_from`` takes an
-    error or its ``resume_point``, also of another process, for the same request, and gives only what is missing.
+    A stream whose connection is lost is resumed, if that can neither repeat nor lose text; else StreamInterrupted is
+    raised. ``resume`` names the strategies that may be tried, one or several in order: ``replay`` (the server gives
+    ids, or keeps the answer: OpenAI Responses with ``background=True``), ``restart`` (nothing was returned yet),
+    ``continue`` (the provider continues a partial answer: DeepSeek, Mistral, vLLM, Anthropic up to 4.5), ``verify``
+    (the request is sent again, and its text dropped while equal; also where only the usage was lost), ``anchor`` (the
+    model is told to repeat its last words and continue). ``"auto"`` is the first three, ``"never"`` is none. All but
+    ``replay`` are billed again, at most ``retry.total`` times. ``resume_from`` takes an error or its
+    ``resume_point``, also of another process, for the same request; the stream then gives only what is missing.
 
-    ``checkpoint``, a folder or what Checkpoints gives, keeps each piece before it is given out. The same request
-    again, after a kill, gives what was kept and then what follows; it is asked anew where nothing goes on from
-    there. A request that was finished is answered from its file, tomorrow too, unless ``refresh`` asks anew.
+    ``checkpoint`` is a folder, or a checkpoint of Checkpoints: each piece is saved before it is returned. After a kill,
+    the same request gives the saved text, then the rest; where no strategy can resume, the request is sent anew. A
+    finished request is answered from its file, also tomorrow, unless ``refresh`` requests it anew.
 
     AuthenticationError for a missing or placeholder key and InvalidRequestError for a missing model are raised
-    here, all else when the Stream is read; CheckpointError where a checkpoint cannot be used.
+    here, all other errors when the Stream is read; CheckpointError where a checkpoint cannot be used.
     """
     terms = _Terms(deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
     return _stream_of(client, messages, model, params, terms, fallback=fallback)
@@ -8973,7 +8983,7 @@ def complete(
 
 
 def _clients_of(client: Client | Sequence[Client] | None, params: dict[str, Any]) -> tuple[list[Client], bool]:
-    """The clients given, one made of their keywords, or the environment's; and whether it ends with what it is for"""
+    """The clients passed, one made of keywords, or that of the environment; and whether it closes with its stream"""
     own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
     if client is None:
         client = Client(**own) if own else _default_client()
@@ -8983,7 +8993,7 @@ def _clients_of(client: Client | Sequence[Client] | None, params: dict[str, Any]
     return clients, bool(own) and "session" not in own
 
 
-#: for a Client's methods, which a test may put in the place of the functions
+#: for the methods of a Client, which tests put in place of the functions
 _own_stream, _own_complete = stream, complete
 
 
@@ -8997,7 +9007,7 @@ def _stream_of(
     is_streamed: bool = True,
     fallback: bool = False,
 ) -> Stream:
-    """A Stream by the first client that can; by a client made of the keywords, or the environment's, without one"""
+    """A Stream by the first client that can: those passed, one made of keywords, or that of the environment"""
     if isinstance(params.get("api_key"), (str, bytes)):
         params["api_key"] = _Key.of(params["api_key"])
     for name in ("headers", "proxies"):
@@ -9870,7 +9880,7 @@ class _Production:
     def start(self, stream: Stream) -> None:
         """Begins to read, in a daemon: a process that ends does not wait for a model"""
         self._stream = stream
-        stream._tell_place(self.queued)
+        stream._report_position(self.queued)
         self.request_id = self.request_id or stream.request_id
         _relaying.add(self)
         if _relaying.draining:
