@@ -626,29 +626,29 @@ def _http_date(text: str) -> float | None:
 
 
 class ServerSentEvent(NamedTuple):
-    """One event of a stream, as the WHATWG event stream interpretation gives it"""
+    """One event of a stream, as in the WHATWG event stream interpretation"""
 
     event: str = "message"
     data: str = ""
-    #: the last event id in force, also where this event did not set it
+    #: the last event id in force, also where this event did not set one
     id: str = ""
-    #: the reconnection time in milliseconds that this event's block set, or None
+    #: the reconnection time in milliseconds that the block of this event set, or None
     retry: int | None = None
 
 
 class ToolCall(NamedTuple):
-    """A call of a tool: in a Chunk the part that it brought, in a Completion the whole"""
+    """A tool call: the part in one Chunk, or the whole call in a Completion"""
 
-    #: the position among the calls of an answer: parts with one index belong together
+    #: the position among the calls of an answer; parts with the same index belong together
     index: int = 0  # type: ignore[assignment]  # the field's own term; tuple.index is not of use here
     id: str = ""
     name: str = ""
-    #: the arguments as text, as they were sent
+    #: the arguments as text, unchanged
     arguments: str = ""
 
     @property
     def parsed(self) -> Any:
-        """What the arguments say, ``{}`` for none; InvalidStreamError where they are not whole JSON"""
+        """The arguments as JSON, ``{}`` for none; InvalidStreamError where they are not whole JSON"""
         if not self.arguments.strip():
             return {}
         parsed = _json(self.arguments)
@@ -660,7 +660,7 @@ class ToolCall(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What a request took, in tokens; counts are inclusive, and 0 where the provider says nothing"""
+    """The tokens of a request; counts are inclusive, and 0 where the provider gives none"""
 
     #: all input, cached or not
     input_tokens: int = 0
@@ -670,14 +670,14 @@ class Usage(NamedTuple):
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
-    #: what the provider says it charged, in its own currency (US dollars at all that do), or None
+    #: the charge on the wire, in the currency of the provider (US dollars so far), or None
     cost: Decimal | None = None
-    #: who counted: ``provider``; where it said nothing, and an alignment was asked for, ``local`` is by the model's own
-    #: tokenizer, ``estimate`` by anything else
+    #: who counted: ``provider``; without its count, and with an alignment, ``local`` is the tokenizer of the model, and
+    #: ``estimate`` anything else
     source: str = "provider"
-    #: what a TokenAlignment found: ``verified``, ``mismatch``, or ``unverified`` where the two cannot be compared
+    #: the result of a TokenAlignment: ``verified``, ``mismatch``, or ``unverified`` where counts cannot be compared
     alignment: str | None = None
-    #: the input and output tokens that the provider counted, and those that were counted here; None is not counted
+    #: the input and output tokens by the provider, and by sheepsse; None is not counted
     provider: tuple[int | None, int | None] | None = None
     local: tuple[int | None, int | None] | None = None
     #: when they were compared, in seconds since 1970
@@ -691,26 +691,26 @@ class Chunk(NamedTuple):
     reasoning: str = ""
     refusal: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    #: why this choice ended, in the vendor's word, or None while it goes on
+    #: why this choice ended, in the vendor's word; None before the end
     finish_reason: str | None = None
-    #: the same in a common word: stop, length, tool_calls, refusal or other
+    #: the finish reason in a common word: stop, length, tool_calls, refusal or other
     finish: str | None = None
     usage: Usage | None = None
-    #: the choice or candidate this belongs to
+    #: the index of the choice or candidate
     index: int = 0  # type: ignore[assignment]
-    #: the id of the event it came in, "" where there is none
+    #: the id of its event, "" where the event has none
     event_id: str = ""
-    #: the event's data, parsed
+    #: the data of its event, parsed
     raw: Any = None
-    #: the answer's id and model, where the event named them
+    #: the id and the model of the answer, where the event names them
     id: str = ""
     model: str = ""
-    #: with the finish reason, by the dialect's name: what the vendor wants back where the conversation goes on
+    #: with the finish reason, by the name of the dialect: what the next request must send back to the vendor
     vendor: Mapping[str, Any] | None = None
 
 
 class Completion(NamedTuple):
-    """An answer, or what came of it"""
+    """An answer, or the part that was received"""
 
     text: str = ""
     reasoning: str = ""
@@ -720,21 +720,21 @@ class Completion(NamedTuple):
     usage: Usage | None = None
     model: str = ""
     id: str = ""
-    #: False after an error, a cancel or an early end
+    #: False after an error, a cancel or an early end of reading
     complete: bool = False
-    #: by the dialect's name: what the vendor wants back where the conversation goes on
+    #: by the name of the dialect: what the next request must send back to the vendor
     vendor: Mapping[str, Any] | None = None
 
     @property
     def message(self) -> dict[str, Any]:
-        """The answer as a message, to be put after those it answers
+        """The answer as a message, to be appended to the conversation
 
             messages.append(stream.completion.message)
             for call in stream.tool_calls:
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": answers[call.name](**call.parsed)})
 
-        In OpenAI's shape, which every dialect translates. What only its own vendor understands (signatures, hidden
-        reasoning) is under ``vendor``: that vendor's dialect sends it, every other leaves it out.
+        The message has OpenAI's shape, which every dialect translates. Signatures and hidden reasoning, which only
+        their own vendor understands, are under ``vendor``: only the dialect of that vendor sends them.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.text or (None if self.tool_calls else "")}
         if self.refusal:
@@ -751,17 +751,17 @@ class Completion(NamedTuple):
 
 
 class ResumePoint(NamedTuple):
-    """Where a stream was lost, for ``resume_from=``, also in another process; plain data, which JSON can carry"""
+    """The point where a stream was lost, for ``resume_from=``, also in another process; plain data for JSON"""
 
-    #: the id of the last event received, "" where the server sends none
+    #: the id of the last event that was received, "" where the server sends none
     event_id: str = ""
-    #: tokens received by the provider's count, or None where it gave none
+    #: tokens received, by the provider's count, or None
     tokens_received: int | None = None
     #: characters of text received
     chars_received: int = 0
     #: the text received
     text: str = ""
-    #: all else that is needed to go on, as JSON
+    #: all else that is needed to resume, as JSON
     cursor: str = ""
     #: after a pause by the vendor: what the next request must send back. Gemini's ``continuationToken``; Anthropic's
     #: ``content`` (the blocks of the assistant's message) and ``container``
@@ -773,7 +773,7 @@ SheepError.resume_point = ResumePoint()
 
 
 def _says(chunk: Chunk) -> bool:
-    """Whether a chunk brings a piece of the answer itself"""
+    """Whether a chunk holds a piece of the answer itself"""
     return bool(chunk.text or chunk.reasoning or chunk.refusal or chunk.tool_calls)
 
 
@@ -794,7 +794,7 @@ class _Text(bytearray):
 
 
 class _Answer:
-    """The fold: what the chunks of one choice say together, so far"""
+    """The fold: the chunks of one choice so far, put together"""
 
     def __init__(self, index: int = 0) -> None:
         self.index = index
@@ -810,14 +810,14 @@ class _Answer:
         self.id = ""
         self.event_id = ""
         self.complete = False
-        #: whether the finish reason is final: nothing came after it, and some servers send one with every piece
+        #: whether the finish reason is final: some servers send one with every piece
         self.settled = False
         self._was_open = False  # whether a piece came without one
-        #: whether a piece of text, reasoning, refusal or tool call has been given out, of any choice
+        #: whether a piece of text, reasoning, refusal or tool call was received, of any choice
         self.given = False
 
     def add(self, chunk: Chunk) -> bool:
-        """Folds a chunk in; whether it brings a piece of the answer"""
+        """Folds a chunk in; True where it holds a piece of the answer"""
         text, reasoning, refusal, calls, reason = chunk[:5]
         says = bool(text or reasoning or refusal or calls)
         self.given = self.given or says
@@ -842,7 +842,7 @@ class _Answer:
                 self.tool_calls[call.index] = (id or call.id, name or call.name, arguments)
         if not is_mine:
             return says
-        if reason:  # with text it may be one of those that come with each
+        if reason:  # with text: perhaps of a server that sends one with every piece
             self.settled = self._was_open or not says
             self.finish_reason, self.finish = reason, chunk.finish
         elif says:
@@ -851,7 +851,7 @@ class _Answer:
         return says
 
     def without_failure(self) -> _Answer:
-        """The same, where its finish reason says that the server gave up as if it had not ended"""
+        """The answer, without a finish reason that says that the server failed"""
         if self.finish != "other":
             return self
         answer = copy.copy(self)
@@ -879,7 +879,7 @@ class _Answer:
         )
 
     def resume_point(self, events: Sequence[Sequence[Any]] = ()) -> ResumePoint:
-        """Where this is; ``events`` are the last ones, as their server would repeat them"""
+        """The point that was reached; ``events`` are the marks of the last events"""
         end = [self.finish_reason, self.finish, self.given, self.settled]
         rest = [str(self.reasoning), str(self.refusal), self.calls(), self.id, end, events]
         return ResumePoint(
@@ -892,7 +892,7 @@ class _Answer:
 
     @classmethod
     def at(cls, point: ResumePoint) -> tuple[_Answer, list[Any]]:
-        """What was received up to a point, and the last events"""
+        """The answer up to a point, and the marks of the last events"""
         try:
             rest: Any = json.loads(point.cursor) if point.cursor else ["", "", [], "", [None, None, False], []]
             reasoning, refusal, calls, id, (finish_reason, finish, given, *settled), events = rest
@@ -918,7 +918,7 @@ class _Answer:
         return answer, marks
 
 
-#: what the fields of a chunk, a call and a usage are where they come from a file or another process
+#: the types of the fields of a chunk, a call and a usage in a file or from another process
 _CALL_TYPES = {"index": int, "id": str, "name": str, "arguments": str}
 _CHUNK_TYPES = {
     **dict.fromkeys(("text", "reasoning", "refusal", "finish_reason", "finish", "event_id", "id", "model"), str),
@@ -931,14 +931,14 @@ _USAGE_TYPES = {
 
 
 def _check_types(fields: Any, types: Mapping[str, type]) -> None:
-    """TypeError for what is no dict of these fields"""
+    """Raises TypeError for other fields, or values of other types"""
     for name, value in fields.items():
         if name not in types or not isinstance(value, types[name]) or isinstance(value, bool):
             raise TypeError(f"{str(name)[:50]!r} is a {type(value).__name__}")
 
 
 def collect(chunks: Iterable[Chunk], index: int = 0) -> Completion:
-    """The whole answer that chunks make, for the choice ``index``
+    """The answer of the choice ``index``, from all chunks
 
     It is ``complete`` when ``chunks`` ends without an error, as ``iter_chunks`` does only for a whole stream.
     """
@@ -950,14 +950,14 @@ def collect(chunks: Iterable[Chunk], index: int = 0) -> Completion:
 
 
 def iter_text(chunks: Iterable[Chunk]) -> Iterator[str]:
-    """The pieces of text of choice 0, none of them empty"""
+    """The pieces of text of choice 0, without empty ones"""
     for chunk in chunks:
         if chunk.text and chunk.index == 0:
             yield chunk.text
 
 
 def _plain_usage(usage: Usage | None) -> dict[str, Any] | None:
-    """A usage as JSON can carry it"""
+    """A usage as plain data for JSON"""
     return None if usage is None else {**usage._asdict(), "cost": None if usage.cost is None else str(usage.cost)}
 
 
@@ -965,12 +965,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _without_surrogates(text: str) -> str:
-    """The text with pairs of surrogates as the characters they are, and U+FFFD for lone ones"""
+    """The text with pairs of surrogates joined, and U+FFFD for lone surrogates"""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _excerpt(text: str | bytes, limit: int = 200) -> str:
-    """The beginning of something, on one line, for a message"""
+    """The beginning of a text, on one line, for a message"""
     if isinstance(text, bytes):
         text = text[: 4 * limit].decode("utf-8", "replace")
     short = " ".join(text[: 2 * limit].split())
@@ -981,11 +981,11 @@ def _excerpt(text: str | bytes, limit: int = 200) -> str:
 # 4. Framing: a response's bytes as they arrive; bytes to events and back. May use: Values and above
 # ============================================================================================================
 
-#: the largest event that is held in memory, unless a caller says otherwise
+#: bytes of the largest event, by default
 _MAX_EVENT_SIZE = 8 * 1024 * 1024
-#: the same for all the text, reasoning and arguments of an answer
+#: bytes of the text, reasoning and arguments of an answer, by default
 _MAX_ANSWER_SIZE = 64 * 1024 * 1024
-#: the longest id of an event that a client takes
+#: bytes of the longest id of an event
 _MAX_ID_SIZE = 16 * 1024
 
 
@@ -993,7 +993,7 @@ def iter_bytes(response: requests.Response) -> Iterator[bytes]:
     """The body of a response, decompressed, each block as soon as it arrives
 
     For chunked, Content-Length, close-delimited and gzip bodies alike; the response must come from a request
-    with ``stream=True``. What was received before a failure is given out before the failure is raised:
+    with ``stream=True``. Bytes received before a failure are returned before the failure is raised:
     StreamInterrupted for a connection lost or a body shorter than its Content-Length, StreamTimeout for a
     read time-out, InvalidStreamError for a body that cannot be decompressed.
     """
@@ -1009,7 +1009,7 @@ def iter_bytes(response: requests.Response) -> Iterator[bytes]:
 
 
 def _body_error(error: Exception) -> SheepError:
-    """What a failure to read a body means, in either library's words"""
+    """The error for a failure to read a body, of requests or urllib3"""
     if isinstance(error, SheepError):
         return error
     _raise_callers_own(error)
@@ -1021,7 +1021,7 @@ def _body_error(error: Exception) -> SheepError:
 
 
 def _is_time_out(error: BaseException, end: BaseException | None = None) -> bool:
-    """Whether a limit of a socket has passed; where the system gives a connection up that is a TimeoutError, too"""
+    """Whether a socket timed out; a TimeoutError may also mean that the system gave up the connection"""
     chain = _chain(error, end)
     if any(getattr(link, "errno", None) == errno.ETIMEDOUT for link in chain):
         return False
@@ -1031,7 +1031,7 @@ def _is_time_out(error: BaseException, end: BaseException | None = None) -> bool
 
 
 def _until_failure(blocks: Iterable[_T], failure: list[SheepError]) -> Iterator[_T]:
-    """The same blocks; a failure to get the next one ends them, and is left in ``failure``"""
+    """The same blocks; a failure ends them, and is appended to ``failure``"""
     iterator = iter(blocks)
     while True:
         try:
@@ -1069,29 +1069,29 @@ def _decode(value: bytes | bytearray) -> str:
 class SSEDecoder:
     """Bytes in, events out: the WHATWG event stream algorithm, over blocks cut anywhere
 
-    Cost is linear in the input however it is cut. An event is given out as soon as the first byte of its blank
-    line is in. An event, or a line, of more than ``max_event_size`` bytes is an InvalidStreamError, raised when
-    the events before it have been given out; memory is bounded by that size. Belongs to one thread.
+    The cost is linear in the input, however it is cut. An event is returned as soon as the first byte of its blank
+    line has arrived. An event, or a line, of more than ``max_event_size`` bytes is an InvalidStreamError, which is
+    raised after the events before it were returned; that size bounds the memory. Belongs to one thread.
     """
 
     _max_id_size: int | None = None
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE, last_event_id: str = "") -> None:
-        #: the id that a reconnecting client sends back, as of the last blank line
+        #: the id to reconnect with, as of the last blank line
         self.last_event_id = last_event_id
-        #: the reconnection time in milliseconds that the server set last, or None
+        #: the last reconnection time of the server in milliseconds, or None
         self.retry: int | None = None
         self._max_event_size = max_event_size
         self._failure: InvalidStreamError | None = None
         self._first_line = True
         self._after_cr = False
-        self._open = bytearray()  # a line whose end is not in yet
-        self._data: bytes | bytearray | None = None  # of the event that is not ended yet, None where it has none
+        self._open = bytearray()  # a line without its end
+        self._data: bytes | bytearray | None = None  # of the open event; None where it has no data
         self._size = 0  # of its data lines, names and all
         self._event = b""
         self._id, self._decoded_id = last_event_id.encode("utf-8"), last_event_id
         self._event_retry: int | None = None
-        self._events: list[ServerSentEvent] = []  # that the present block completes
+        self._events: list[ServerSentEvent] = []  # of the current block
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes"""
@@ -1126,7 +1126,7 @@ class SSEDecoder:
         except InvalidStreamError as error:
             self._failure = error
             self._open, self._data = bytearray(), None
-            if not events:  # else at the next call, so that these are not lost
+            if not events:  # else at the next call: these come first
                 raise
         return events
 
@@ -1155,7 +1155,7 @@ class SSEDecoder:
             if value != self._id and b"\0" not in value:
                 self._set_id(value)
         elif field == b"retry" and value.isdigit():  # bytes.isdigit knows ASCII digits only
-            self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits are for ever too
+            self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits mean for ever, too
         else:
             self._unknown(line)
 
@@ -1166,14 +1166,14 @@ class SSEDecoder:
     def _set_id(self, value: bytes) -> None:
         if self._max_id_size is not None and len(value) > self._max_id_size:
             raise InvalidStreamError(f"the id of an event is longer than {self._max_id_size} bytes")
-        self._id, self._decoded_id = value, value.decode("utf-8", "replace")  # once, for all that it is in force for
+        self._id, self._decoded_id = value, value.decode("utf-8", "replace")  # once, for all its events
 
     def _unknown(self, line: bytes) -> None:
-        """A line that is no field: it means nothing"""
+        """A line that is no field, and means nothing"""
 
     def _blank_line(self) -> None:
         self._first_line = False
-        # an id takes effect also where its block has no data
+        # an id counts also where its block has no data
         self.last_event_id = self._decoded_id
         if self._data is not None:
             event = self._event.decode("utf-8", "replace") or "message"
@@ -1182,20 +1182,20 @@ class SSEDecoder:
         self._data, self._size, self._event, self._event_retry = None, 0, b"", None
 
     def flush(self) -> list[ServerSentEvent]:
-        """The last event where it lacks only its blank line, at the end of the input
+        """At the end of the input: the last event, where it lacks only its blank line
 
-        The specification drops an event that is not ended, and so does this, unless its data is ``[DONE]`` or a
-        whole JSON object or array: those cannot be the beginning of something longer.
+        The specification drops an unterminated event. So does this decoder, unless the data is ``[DONE]`` or a whole
+        JSON object or array, which cannot be the beginning of longer data.
         """
         if self._failure:
             raise self._failure
         line = self._without_bom(bytes(self._open))
         self._open = bytearray()
-        if line and line[:1] != b":":  # what a comment would have said does not matter
+        if line and line[:1] != b":":  # a comment does not matter
             if _split_line(line)[0] == b"data":
                 self._line(line)
             else:
-                self._data = None  # an event name or an id that may be cut short
+                self._data = None  # an event name or an id may be cut short
         self._events = []
         if self._data is not None and _is_whole(_decode(self._data)):
             self._blank_line()
@@ -1204,7 +1204,7 @@ class SSEDecoder:
 
 
 def _is_whole(data: str) -> bool:
-    """Whether data says by itself that nothing is missing at its end"""
+    """Whether data is known to be whole"""
     data = data.strip()
     if data == "[DONE]":
         return True
@@ -1212,7 +1212,7 @@ def _is_whole(data: str) -> bool:
 
 
 def _blocks_of(source: requests.Response | Iterable[bytes]) -> Iterable[bytes]:
-    # iter_content is what tells a response of any requests-shaped library from its bare bytes
+    # iter_content tells a response of any library like requests from bare bytes
     return iter_bytes(source) if hasattr(source, "iter_content") else source  # type: ignore[arg-type]
 
 
@@ -1230,8 +1230,8 @@ def iter_events(
 ) -> Iterator[ServerSentEvent]:
     """The events of a ``text/event-stream`` body, from a response or from any blocks of bytes
 
-    An event lost in its middle at the end is dropped (see SSEDecoder.flush). Raises what iter_bytes and
-    SSEDecoder raise, after the events that came before.
+    An unterminated last event is dropped (see SSEDecoder.flush). Raises the errors of iter_bytes and SSEDecoder,
+    after the events before.
     """
     return _decoded(_blocks_of(source), SSEDecoder(max_event_size))
 
@@ -1239,10 +1239,10 @@ def iter_events(
 def iter_json_lines(
     source: requests.Response | Iterable[bytes], *, max_event_size: int = _MAX_EVENT_SIZE
 ) -> Iterator[ServerSentEvent]:
-    """The objects of an NDJSON body, or of a JSON array, as events: each as soon as its last byte is in
+    """The objects of an NDJSON body, or of a JSON array, as events: each as soon as its last byte has arrived
 
-    InvalidStreamError for what is not JSON objects, after the events before it; an object cut off at the end is
-    dropped. Raises what iter_bytes raises, after the events that came before.
+    Other input than JSON objects is an InvalidStreamError, after the events before it; an object that is cut off is
+    dropped. Raises the errors of iter_bytes, after the events before.
     """
     return _decoded(_blocks_of(source), _JSONDecoder(max_event_size))
 
@@ -1250,17 +1250,17 @@ def iter_json_lines(
 class _JSONDecoder:
     """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
 
-    #: the rest of a string, with its end, or with a backslash that is the last byte of a block
+    #: the rest of a string and its end, or a backslash that is the last byte of a block
     _IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*(["\\]?)', re.DOTALL)
-    #: whole strings and all else, up to a brace, or to the beginning of a string that is not whole
+    #: whole strings and other bytes, up to a brace or to the quote of a string that is not whole
     _OUTSIDE = re.compile(rb'[^"{}]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"{}]*)*(["{}]?)', re.DOTALL)
-    #: what may stand between two objects
+    #: bytes that may stand between two objects
     _BETWEEN = re.compile(rb"[\s,\[\]]*")
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
         self._max_event_size = max_event_size
         self._failure: InvalidStreamError | None = None
-        self._object = bytearray()  # the one that is not whole yet
+        self._object = bytearray()  # that is not whole yet
         #: whether no object was whole yet
         self.is_first = True
         self._depth = 0
@@ -1270,7 +1270,7 @@ class _JSONDecoder:
 
     @property
     def is_inside(self) -> bool:
-        """Whether an object is begun and not ended"""
+        """Whether an object is open"""
         return self._depth > 0
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
@@ -1289,7 +1289,7 @@ class _JSONDecoder:
         return events
 
     def _between(self, block: bytes, position: int) -> int:
-        """Where the next object begins in the block"""
+        """Skips to the next object, and returns its position in the block"""
         while self._bom and block[position : position + 1] == self._bom[:1]:
             position, self._bom = position + 1, self._bom[1:]
         match = self._BETWEEN.match(block, position)
@@ -1303,14 +1303,14 @@ class _JSONDecoder:
         return position
 
     def _inside(self, block: bytes, start: int, events: list[ServerSentEvent]) -> int:
-        """Reads on to the end of the object or of the block, and says how far that was"""
+        """Reads to the end of the object or of the block, and returns the position"""
         position = start
         while self._depth and position < len(block):
             if self._escaped:  # the byte after a backslash means nothing
                 self._escaped, position = False, position + 1
                 continue
             match = (self._IN_STRING if self._in_string else self._OUTSIDE).match(block, position)
-            assert match is not None  # for nothing at all matches, too
+            assert match is not None  # for an empty match is one
             position, mark = match.end(), match.group(1)
             if mark == b'"':
                 self._in_string = not self._in_string
@@ -1336,9 +1336,9 @@ class _JSONDecoder:
 
 
 class _AnswerDecoder(SSEDecoder):
-    """Reads also errors that are no event: in a field named ``error`` (llama.cpp), or as JSON without ``data:``"""
+    """Reads also errors that are no events: in a field ``error`` (llama.cpp), or as JSON without ``data:``"""
 
-    _max_id_size = _MAX_ID_SIZE  # each event would carry it, and each reconnection send it
+    _max_id_size = _MAX_ID_SIZE  # each event would carry it, and each reconnect send it
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
         super().__init__(max_event_size)
@@ -1354,7 +1354,7 @@ class _AnswerDecoder(SSEDecoder):
             self._bare_line(line)
 
     def _bare_line(self, line: bytes) -> None:
-        """A line that may be JSON, or one of several that are"""
+        """A line that may be JSON, or a part of it"""
         starts = (b"{", b"[")
         if line[:1] in starts or (self._bare is None and line.lstrip()[:1] in starts):
             self._bare = _JSONDecoder(self._max_event_size)
@@ -1362,7 +1362,7 @@ class _AnswerDecoder(SSEDecoder):
         if self._bare is not None:
             try:
                 events = self._bare.feed(line + b"\n")
-            except InvalidStreamError:  # no JSON: a line that says nothing, as any that is no field
+            except InvalidStreamError:  # no JSON: the line means nothing, as any line that is no field
                 self._bare = None
         for event in events:
             self._bare = None
@@ -1370,7 +1370,7 @@ class _AnswerDecoder(SSEDecoder):
                 self._add(event)
 
     def _add(self, event: ServerSentEvent) -> None:
-        self._blank_line()  # what came before it comes first
+        self._blank_line()  # the event before comes first
         self._events.append(event)
 
     def flush(self) -> list[ServerSentEvent]:
@@ -1380,29 +1380,29 @@ class _AnswerDecoder(SSEDecoder):
             self._open = bytearray()
             self._unknown(line)
         before, events = self.last_event_id, super().flush()
-        if before:  # else its id may be what is missing, by which its server would go on
+        if before:  # its own id may be missing, by which the server would resume
             events = [event for event in events if event.id != before or event.data == "[DONE]"]
         return bare + events
 
 
 class _BodyDecoder:
-    """Bytes of an answer in, its events out, in the framing it has; InvalidStreamError where that is none of ours
+    """Bytes of an answer in, events out, in the framing of the answer; InvalidStreamError for any other
 
-    ``is_bounded`` says that the body is one document whose end cannot be mistaken.
+    ``is_bounded`` says that the body is one document with a known end.
     """
 
     def __init__(self, content_type: str, format: str | None, max_event_size: int, is_bounded: bool = False) -> None:
         self._content_type, self._format, self._max_event_size = content_type, format, max_event_size
         self._is_bounded = is_bounded
         self._start, self._blank = bytearray(), True
-        #: the one of its framing, when that is known
+        #: the decoder of the framing, once that is known
         self.decoder: SSEDecoder | _JSONDecoder | None = None
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes"""
         if self.decoder is not None:
             return self.decoder.feed(block)
-        # blank lines before the first event mean nothing in any framing; spaces are part of its line
+        # blank lines before the first event mean nothing in any framing; spaces belong to its line
         self._blank = self._blank and block.isspace()
         line = 1 + max(block.rfind(b"\r"), block.rfind(b"\n")) if self._blank else 0
         if line:
@@ -1412,7 +1412,7 @@ class _BodyDecoder:
         return self._begin(is_all) if is_all or not self._blank else []
 
     def _begin(self, is_all: bool) -> list[ServerSentEvent]:
-        """Begins where the framing is known; ``is_all`` says that no more comes by which it could be"""
+        """Begins to decode, if the framing is known; ``is_all`` says that no more bytes can help"""
         kind = self._format or _framing(self._content_type, bytes(self._start.lstrip()[:1000]), is_all)
         if not kind:
             return []
@@ -1425,7 +1425,7 @@ class _BodyDecoder:
         return events if self.decoder is None else events + self.decoder.flush()
 
     def check_end(self) -> None:
-        """Raises an error where the body has ended amid its JSON"""
+        """Raises an error where the body ended inside its JSON"""
         if isinstance(self.decoder, _JSONDecoder) and self.decoder.is_inside:
             if self._is_bounded and self.decoder.is_first:
                 raise InvalidStreamError(
@@ -1444,10 +1444,10 @@ _FIRST_LINE = rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry|error)?[:\r\n]|(?:data|
 
 
 def _framing(content_type: str, start: bytes, is_all: bool) -> str:
-    """The framing, sse or json, by the Content-Type, and by the first line where that is wrong or missing
+    """Detects the framing, sse or json, by the Content-Type, and by the first line where that is wrong or missing
 
-    "" where more must come before it is known, unless ``is_all``. No line of an event stream that says anything begins
-    with a brace or a bracket, and no JSON with the name of a field.
+    "" means that more bytes are needed, unless ``is_all``. No field of an event stream begins with a brace or a
+    bracket, and no JSON begins with the name of a field.
     """
     media_type = _media_type(content_type)
     is_json_type = media_type in _JSON_TYPES
@@ -1491,9 +1491,9 @@ def encode_event(event: ServerSentEvent) -> bytes:
 class SSEClient:
     """The class of sseclient-py, for scripts that have ``sseclient.SSEClient(source).events()``
 
-    The source is what that class takes: an iterable of bytes with ``close()``, or a requests.Response, whose
-    events come as soon as they arrive. Where sseclient-py departs from the specification this follows the
-    specification: a cut-off last event is dropped, ids persist and are "" where there is none.
+    The source is an iterable of bytes with ``close()``, or a requests.Response, whose events come as soon as they
+    arrive. Where sseclient-py departs from the specification, this class follows the specification: a cut-off last
+    event is dropped, ids persist and are "" where there is none.
     """
 
     def __init__(self, event_source: Any, char_enc: str = "utf-8") -> None:
@@ -1511,7 +1511,7 @@ class SSEClient:
 
 
 class _StrictDecoder(SSEDecoder):
-    """Drops what is not ended, as the specification has it, whatever it may be"""
+    """Drops every unterminated event, as in the specification"""
 
     def flush(self) -> list[ServerSentEvent]:
         if self._failure:
