@@ -4252,12 +4252,12 @@ def _part(share: Decimal, input_tokens: int, output_tokens: int, price: Price | 
 # ============================================================================================================
 
 
-#: what has something of its process: locks that a thread may hold as it forks, connections, slots and turns
+#: objects with state that a forked process must not share: locks, connections, slots
 _of_process: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _forget_parent() -> None:
-    """In a forked process: shared connections would mix answers, and nobody would ever give back a lock or a slot"""
+    """In a forked process: a shared connection would mix answers, and nobody would release a lock or a slot"""
     for each in list(_of_process):
         each._begin_process()
 
@@ -4267,18 +4267,18 @@ with contextlib.suppress(AttributeError):  # Windows has no forks
 
 
 def _is_hopeless(error: object) -> bool:
-    """Whether a failed connection will fail again: for a certificate, or a file of certificates that is not there"""
+    """Whether a connection will fail again: a bad certificate, or a missing file of certificates"""
     return re.search("certificate|hostname .* doesn't match", str(error), re.IGNORECASE) is not None
 
 
-#: how much of an error's body is read
+#: bytes of an error body that are read
 _ERROR_BODY = 64 * 1024
 
 
 def _read_out(response: Any) -> None:
-    """Frees the connection of a failed answer, by reading a short body or by closing it
+    """Frees the connection of a failed response: reads a short body, or closes the connection
 
-    urllib3 would read all of it before the next request, whatever its size.
+    urllib3 would read the whole body before the next request, whatever its size.
     """
     with contextlib.suppress(urllib3.exceptions.HTTPError, OSError):
         body = response.read(_ERROR_BODY, decode_content=False) or b""  # None of urllib3 1.26, where all is read
@@ -4290,19 +4290,18 @@ def _read_out(response: Any) -> None:
 class Retry(_Urllib3Retry):
     """When a failed request is sent again, and after how long; a ``urllib3.util.Retry``, immutable as that is
 
-    At most ``1 + total`` requests, POST included, each of which may be billed. A request is sent again after a
-    connection or read time-out failed, and after ``statuses``; ``x-should-retry`` of the answer counts over its
-    status. Quota, authentication and invalid requests are never sent again. The wait, in seconds, is what the
-    answer asks for (``retry-after-ms``, ``Retry-After``), unless that is longer than ``max_retry_after``: then
-    the error is raised at once, with its ``retry_after``. Else it is ``base_delay * multiplier**n`` up to
-    ``max_delay``, times a random 0.5 to 1 with ``jitter``; after a 429 without a word at least
-    ``rate_limit_delay`` times the number of the attempt.
+    At most ``1 + total`` requests are sent, POST included; each may be billed. A request is sent again after a failed
+    connection, a read time-out, and after ``statuses``; ``x-should-retry`` of a response overrides its status. After
+    quota, authentication and request errors no request is sent again. The server sets the wait, in seconds, by
+    ``retry-after-ms`` or ``Retry-After``. A wait longer than ``max_retry_after`` is not slept: the error is raised at
+    once, with its ``retry_after``. Otherwise the wait is ``base_delay * multiplier**n`` up to ``max_delay``, times a
+    random 0.5 to 1 with ``jitter``. A 429 that names no wait waits at least ``rate_limit_delay`` times the attempt.
 
-    ``should_retry(error, attempt)`` is asked about each failure that may be retried, and gives False, True, or
-    the seconds to wait. ``on_retry(error, attempt, delay)`` is called before a wait, ``on_give_up(error,
-    attempt)`` when a failure is final, ``on_reconnect(attempt, latency)`` when a lost stream has its connection
-    again. Attempts count from 1. ``sleep`` is how ``session()`` waits (``time.sleep`` by default); a Stream
-    waits so that ``cancel()`` can end it, unless ``sleep`` is given. May be shared between threads.
+    ``should_retry(error, attempt)`` is called for each failure that may be retried, and returns False, True, or the
+    seconds to wait. ``on_retry(error, attempt, delay)`` is called before a wait, ``on_give_up(error, attempt)`` when a
+    failure is final, ``on_reconnect(attempt, latency)`` when a lost stream is connected again. Attempts count from 1.
+    ``session()`` waits by ``sleep`` (``time.sleep`` by default); a Stream waits in a way that ``cancel()`` can end,
+    unless ``sleep`` is passed. May be shared between threads.
     """
 
     def __init__(
@@ -4346,11 +4345,11 @@ class Retry(_Urllib3Retry):
         self.on_reconnect = on_reconnect
         self.on_give_up = on_give_up
         self.sleep_function = sleep
-        #: seconds to wait before the next request, as increment() found
+        #: seconds to wait before the next request, set by increment()
         self.delay = delay
 
     def new(self, **changes: Any) -> Retry:
-        """The same policy but for ``changes``"""
+        """The same policy with ``changes``"""
         names = (
             "total base_delay multiplier max_delay jitter rate_limit_delay max_retry_after statuses should_retry "
             "on_retry on_reconnect on_give_up history delay"
@@ -4361,7 +4360,7 @@ class Retry(_Urllib3Retry):
     def wait(self, error: SheepError, attempt: int) -> float | None:
         """Seconds to wait after attempt number ``attempt`` failed with ``error``, or None to give up
 
-        Sends, sleeps and changes nothing.
+        Does not send, sleep or change anything.
         """
         if attempt > self.total + len(self.history) or not self._may_retry(error):
             return None
@@ -4385,7 +4384,7 @@ class Retry(_Urllib3Retry):
         return error.retryable if error.status is None else error.status in self.statuses
 
     def backoff(self, attempt: int) -> float:
-        """Seconds to wait after attempt number ``attempt`` where nobody says how long"""
+        """Seconds to wait after attempt number ``attempt`` where the server names no wait"""
         try:
             delay = min(self.base_delay * self.multiplier ** (attempt - 1), self.max_delay)
         except OverflowError:
@@ -4412,14 +4411,14 @@ class Retry(_Urllib3Retry):
         _pool: Any = None,
         _stacktrace: Any = None,
     ) -> Retry:
-        """The policy for the next request, as urllib3 asks for it; MaxRetryError where there is none"""
+        """The policy for the next request, for urllib3; MaxRetryError where no request may follow"""
         attempt = len(self.history) + 1
         status = response.status if response is not None else None
         failure = _status_error(status, response.headers) if status else ConnectError(str(error))
         if error is not None:
             failure.retryable = not _is_hopeless(error)
         if response is not None and response.get_redirect_location():
-            delay = 0.0 if self.total else None  # a PoolManager follows redirects so
+            delay = 0.0 if self.total else None  # a PoolManager follows redirects this way
         else:
             delay = self._after(failure, attempt)
         if delay is None:
@@ -4431,7 +4430,7 @@ class Retry(_Urllib3Retry):
         return self.new(total=self.total - 1, history=history, delay=delay)
 
     def _after(self, failure: SheepError, attempt: int) -> float | None:
-        """The wait after a failure, as the hooks are told of it"""
+        """The wait after a failure, which is reported to the callbacks"""
         delay = self.wait(failure, attempt)
         if delay is None and self.on_give_up:
             self.on_give_up(failure, attempt)
@@ -4447,11 +4446,11 @@ class Retry(_Urllib3Retry):
 class TokenBucket:
     """Lets ``rate`` tokens a second through, and at most ``capacity`` at once; may be shared between threads
 
-    In any t seconds no more than ``rate * t + capacity`` pass. Who waits is served in order of arrival. ``clock``
-    gives seconds and must never go back; ``sleep`` waits for some.
+    In any t seconds, at most ``rate * t + capacity`` tokens pass. Waiting callers are served first come, first served.
+    ``clock`` returns seconds and must never go back; ``sleep`` takes seconds.
     """
 
-    #: seconds that are slept at least: fewer might not move the clock
+    #: the shortest sleep in seconds: a shorter one might not move the clock
     _LEAST = 1e-6
 
     def __init__(
@@ -4473,18 +4472,18 @@ class TokenBucket:
 
     def _begin_process(self) -> None:
         self._lock = threading.Lock()
-        self._queue: dict[object, float] = {}  # what each waits for, in order of arrival
+        self._queue: dict[object, float] = {}  # the tokens of each waiting caller, in order of arrival
 
     def try_acquire(self, n: float = 1) -> bool:
-        """Takes ``n`` tokens if they are there, and nobody waits for some; ValueError where there can never be"""
+        """Takes ``n`` tokens if there are as many and no caller waits; ValueError for ``n`` above the capacity"""
         self._check(n)
         with self._lock:
             return not self._queue and not self._delay(n, None)
 
     def acquire(self, n: float = 1, timeout: float | None = None) -> bool:
-        """Takes ``n`` tokens, and waits for them if it must; ValueError where there can never be so many
+        """Takes ``n`` tokens, and waits for them; ValueError for ``n`` above the capacity
 
-        False, and none taken, as soon as it is clear that ``timeout`` seconds are not enough.
+        Returns False, and takes none, as soon as it is clear that ``timeout`` seconds do not suffice.
         """
         self._check(n)
         until = None if timeout is None else self._clock() + timeout
@@ -4509,7 +4508,7 @@ class TokenBucket:
             raise ValueError(f"a TokenBucket of capacity {self.capacity} gives more than 0 and up to that, not {n!r}")
 
     def _delay(self, n: float, turn: object) -> float:
-        """Takes the tokens and gives 0, or gives the seconds until they are there after those waited for before"""
+        """Takes the tokens and returns 0, or returns the seconds until they and those of callers before are there"""
         now = self._clock()
         self._tokens = min(self.capacity, self._tokens + (now - self._filled_at) * self.rate)
         self._filled_at = now
@@ -4520,19 +4519,19 @@ class TokenBucket:
         return max((before + n - self._tokens) / self.rate, self._LEAST)
 
     def _ahead(self, turn: object) -> Iterator[float]:
-        """What those wait for who came before"""
+        """The tokens of the callers before this one"""
         for other, n in self._queue.items():
             if other is turn:
                 return
             yield n
 
 
-#: seconds for which an answer may hold requests back, where no Retry says how long
+#: the longest time in seconds that a response may hold requests back, without a Retry
 _LONGEST_HOLD = 120.0
 
 
 class LimiterStats(NamedTuple):
-    """What became of those who asked a Limiter for a slot: each counts as one of these"""
+    """The callers of a Limiter by what became of them: each counts once"""
 
     #: who holds a slot
     active: int
@@ -4657,11 +4656,11 @@ class Limiter:
     def bind(
         self, priority: float = 0, user: Any = None, on_position: Callable[[int], object] | None = None
     ) -> _BoundLimiter:
-        """The same limiter, for ``limiter=`` of one stream: with this priority and user, who is told his place"""
+        """This limiter with a priority and a user, for ``limiter=`` of one stream; ``on_position`` gets its position"""
         return _BoundLimiter(self, priority, user, on_position)
 
     def stats(self, user: Any = None) -> LimiterStats:
-        """The numbers so far; with a ``user``, ``active``, ``queued`` and ``position`` are his"""
+        """The counts so far; with a ``user``, ``active``, ``queued`` and ``position`` are those of the user"""
         with self._settled():
             places = [place for place, waiter in enumerate(self._queue, 1) if user is None or waiter.user == user]
             return LimiterStats(
@@ -4677,10 +4676,10 @@ class Limiter:
     def heed(
         self, headers: Mapping[str, str], status: int = 200, *, origin: str = "", longest: float = _LONGEST_HOLD
     ) -> None:
-        """Holds requests to ``origin`` back for as long as its answer asks to, at most ``longest`` seconds
+        """Holds requests to ``origin`` back as long as its response demands, at most ``longest`` seconds
 
-        That is ``Retry-After`` and ``retry-after-ms`` of a 429 or 503, and the time of reset of ``x-ratelimit-*`` and
-        ``anthropic-ratelimit-*`` where nothing remains:
+        The response demands this by ``Retry-After`` and ``retry-after-ms`` with a 429 or 503, and by the reset time of
+        ``x-ratelimit-*`` and ``anthropic-ratelimit-*`` where nothing remains:
         https://platform.openai.com/docs/guides/rate-limits, https://docs.anthropic.com/en/api/rate-limits
         """
         headers = requests.structures.CaseInsensitiveDict(headers)
@@ -4702,8 +4701,8 @@ class Limiter:
         check: Callable[[], object] = bool,
         origin: str = "",
     ) -> Slot:
-        """``bell`` wakes the one who waits, and ``check()`` then raises if the wait is in vain"""
-        hash(user)  # what cannot be one is refused here, not where others wait
+        """``bell`` wakes the waiting caller; then ``check()`` raises if the wait is to end"""
+        hash(user)  # an unhashable user is refused here, not while others wait
         limits = [limit for limit in (timeout, self.queue_timeout) if limit is not None]
         until = self._clock() + min(limits) if limits else None
         waiter = self._entered(priority, user, bell or threading.Event(), on_position, origin)
@@ -4715,7 +4714,7 @@ class Limiter:
                     on_position(place)
                 self._wait(waiter, until)
                 check()
-            waiter.bell.clear()  # it may be there for more than this
+            waiter.bell.clear()  # it may serve for more than this wait
             check()
             return waiter.slot
         except BaseException:
@@ -4730,7 +4729,7 @@ class Limiter:
         on_position: Callable[[int], object] | None,
         origin: str,
     ) -> _Waiter:
-        """One who waits, or has a slot already; QueueFullError where there is no room to wait"""
+        """A waiter, perhaps with a slot already; QueueFullError where the queue is full"""
         with self._settled():
             self._number += 1
             waiter = _Waiter(priority, user, self._number, bell, on_position, origin)
@@ -4747,12 +4746,12 @@ class Limiter:
             return waiter
 
     def _place(self, waiter: _Waiter) -> int:
-        """Its place in the queue, 0 where it has a slot"""
+        """The position in the queue, 0 with a slot"""
         with self._settled():
             return 0 if waiter.slot is not None else 1 + self._queue.index(waiter)
 
     def _wait(self, waiter: _Waiter, until: float | None) -> None:
-        """Waits for a slot until something changes; QueueTimeoutError when it was too long"""
+        """Waits until something changes; QueueTimeoutError after too long a wait"""
         with self._settled():
             if self._grant():
                 self._ring()
@@ -4780,7 +4779,7 @@ class Limiter:
         waiter.bell.clear()
 
     def _leave(self, waiter: _Waiter) -> None:
-        """Takes one out who does not wait any more"""
+        """Removes a waiter that gives up"""
         with self._settled():
             if waiter in self._queue:
                 self._queue.remove(waiter)
@@ -4790,7 +4789,7 @@ class Limiter:
             waiter.slot.release()
 
     def _take_back(self, user: Any, since: float) -> None:
-        """Takes a slot back, also while this thread, or another, is amid something here: then that does the rest"""
+        """Releases a slot; where a thread, perhaps this one, holds the lock, that thread finishes the release"""
         self._returned.append((user, self._clock() - since))
         self._settle()
 
@@ -4803,7 +4802,7 @@ class Limiter:
 
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
-        """Holds the lock, and knows of all slots that were given back"""
+        """Holds the lock, with all released slots counted"""
         try:
             with self._lock:
                 self._count_returned()
@@ -4827,7 +4826,7 @@ class Limiter:
         self._ring()
 
     def _grant(self) -> bool:
-        """Gives slots to those whose turn it is; whether there were any"""
+        """Gives slots to the next waiters; True where there were any"""
         now, number = self._clock(), len(self._queue)
         while self._queue and self._active < self.max_concurrent and not self._delay(now):
             waiter = self._next()
@@ -4844,7 +4843,7 @@ class Limiter:
         return len(self._queue) < number
 
     def _next(self) -> _Waiter | None:
-        """Whose turn it is: the first whose user may have one more, and whose provider is not held back"""
+        """The next waiter: the first one whose user is below the limit, and whose provider is not held back"""
         limit, now = self.max_per_user, self._clock()
         return next(
             (
@@ -4856,22 +4855,22 @@ class Limiter:
         )
 
     def _hold(self, waiter: _Waiter, now: float) -> float:
-        """Seconds for which its provider has asked to wait"""
+        """Seconds for which its provider is still held back"""
         return max(0.0, self._held_until.get(waiter.origin, now) - now)
 
     def _delay(self, now: float) -> float:
-        """Seconds until one more may begin, where there is a slot"""
+        """Seconds until the rate allows one more"""
         if self.rate is None or len(self._starts) < self.rate:
             return 0.0
         return max(0.0, self._starts[0] + self.period - now)
 
     def _guess(self, waiter: _Waiter, place: int) -> float:
-        """Seconds until the one at this place may have a slot, by how long they were held of late"""
+        """Seconds until the waiter at this position may get a slot, by how long recent slots were held"""
         held, now = self._holding if self._served else 1.0, self._clock()
         return max(self._hold(waiter, now), self._delay(now), held * place / self.max_concurrent)
 
     def _ring(self) -> None:
-        """Wakes those who have to look again: whose turn may come by time alone, and who wants to know the place"""
+        """Wakes the next waiter, and those that want their position"""
         first = self._next()
         for waiter in self._queue:
             if waiter is first or waiter.on_position is not None:
@@ -4889,7 +4888,7 @@ class _BoundLimiter(NamedTuple):
     def acquire(
         self, priority: float | None = None, user: Any = None, *, on_position: Callable[[int], object] | None = None
     ) -> Slot:
-        """As of the Limiter, where it is not said otherwise for this user with this priority"""
+        """``Limiter.acquire`` with this priority and user by default"""
         priority = self.priority if priority is None else priority
         user = self.user if user is None else user
         return self.limiter.acquire(priority, user, on_position=on_position or self.on_position)
@@ -4897,20 +4896,20 @@ class _BoundLimiter(NamedTuple):
     def heed(
         self, headers: Mapping[str, str], status: int = 200, *, origin: str = "", longest: float = _LONGEST_HOLD
     ) -> None:
-        """As of the Limiter"""
+        """``Limiter.heed``"""
         self.limiter.heed(headers, status, origin=origin, longest=longest)
 
     def stats(self) -> LimiterStats:
-        """The numbers of this user"""
+        """``Limiter.stats`` of this user"""
         return self.limiter.stats(self.user)
 
 
-#: what providers call that which is limited, before -remaining- or -reset-
+#: the names of limits in rate limit headers
 _LIMITED = ("requests", "tokens", "input-tokens", "output-tokens")
 
 
 def _until_reset(headers: Mapping[str, str]) -> float:
-    """Seconds until there is something again of that of which an answer says that nothing remains"""
+    """Seconds until the exhausted limits in these headers reset"""
     pairs = [("x-ratelimit-remaining", "x-ratelimit-reset")]
     for name in _LIMITED:
         pairs.append((f"x-ratelimit-remaining-{name}", f"x-ratelimit-reset-{name}"))
@@ -4920,7 +4919,7 @@ def _until_reset(headers: Mapping[str, str]) -> float:
 
 
 def _seconds_to(moment: str) -> float:
-    """Seconds to a time as providers write it: 6m0s, 120ms, RFC 3339, or a Unix time in seconds or milliseconds"""
+    """Seconds until a time of a provider: 6m0s, 120ms, RFC 3339, or a Unix time in seconds or milliseconds"""
     span = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:([\d.]+)s)?(?:([\d.]+)ms)?", moment.strip())
     if moment.strip() and span:
         hours, minutes, seconds, milliseconds = (_number(part) or 0.0 for part in span.groups())
@@ -4941,13 +4940,13 @@ def _unbound(limiter: Any) -> Any:
 
 
 class CircuitBreaker:
-    """Refuses at once to ask a provider that has failed; may be shared between threads
+    """Refuses requests to a provider that has failed; may be shared between threads
 
-    Closed it lets all through. After ``failure_threshold`` failures in a row it opens, and refuses with
-    CircuitOpenError for ``recovery_timeout`` seconds. Then it is half-open: one is let through, and closes it or
-    opens it again. A stream counts once, whatever the number of its requests: no connection, a time-out, a 5xx and
-    a loss in mid-stream are failures; errors of the caller's own and a cancel are neither that nor a success.
-    ``clock`` gives seconds and must never go back.
+    A closed breaker lets all streams through. After ``failure_threshold`` failures in a row the breaker opens, and
+    refuses with CircuitOpenError for ``recovery_timeout`` seconds. Then it is half-open: one stream is let through,
+    and closes the breaker or opens it again. A stream counts once, whatever the number of its requests. A failed
+    connection, a time-out, a 5xx and a loss in mid-stream are failures; errors of the caller and a cancel count as
+    neither failure nor success. ``clock`` returns seconds and must never go back.
     """
 
     def __init__(
@@ -4963,12 +4962,12 @@ class CircuitBreaker:
         self._clock = clock
         self._failures = 0
         self._opened_at: float | None = None
-        self._round = 0  # what began before the last change of state says nothing about the present one
+        self._round = 0  # a stream of an earlier round does not count
         self._begin_process()
         _of_process.add(self)
 
     def _begin_process(self) -> None:
-        self._lock = threading.RLock()  # a collection may end a passage in the midst of anything
+        self._lock = threading.RLock()  # garbage collection may end a passage at any moment
         self._trying = False
         self._round += 1
 
@@ -4981,12 +4980,12 @@ class CircuitBreaker:
             return "open" if self._seconds_left(self._opened_at) > 0 else "half-open"
 
     def enter(self) -> _Passage:
-        """Lets one through, or raises CircuitOpenError
+        """Lets one stream through, or raises CircuitOpenError
 
             with breaker.enter():
                 ...
 
-        What is raised inside counts as said above, with the errors of requests as with those of this module.
+        An exception inside counts as above, for errors of requests as for those of sheepsse.
         """
         with self._lock:
             self.check()
@@ -4994,7 +4993,7 @@ class CircuitBreaker:
             return _Passage(self, self._round)
 
     def check(self) -> None:
-        """Raises CircuitOpenError where nobody is let through now"""
+        """Raises CircuitOpenError where no stream is let through now"""
         with self._lock:
             if self._opened_at is None:
                 return
@@ -5026,14 +5025,14 @@ class CircuitBreaker:
 
 
 class _Passage:
-    """One whom a CircuitBreaker has let through; the first that is said of how it ended counts"""
+    """A stream that a CircuitBreaker has let through; only the first report of its end counts"""
 
     def __init__(self, breaker: CircuitBreaker, round: int) -> None:
         self._breaker = breaker
         self._rounds = [round]
 
     def end(self, success: bool | None) -> None:
-        """``success`` is None where it was neither that nor a failure"""
+        """``success`` is None for neither success nor failure"""
         try:
             round = self._rounds.pop()
         except IndexError:
@@ -5051,7 +5050,7 @@ class _Passage:
 
 
 def _was_success(error: BaseException | None) -> bool | None:
-    """Whether a provider did what it was asked for; None where its error says nothing about it"""
+    """Whether an error is a failure of the provider (False); None where it is not; True without an error"""
     if error is None:
         return True
     down = (requests.ConnectionError, requests.Timeout, ServerError, StreamInterrupted)
@@ -5064,13 +5063,13 @@ def _was_success(error: BaseException | None) -> bool | None:
 
 
 class _Wire:
-    """What one thread waits on and any thread may end: a socket, or a pause between two tries
+    """The wait of one thread, which any thread may end: on a socket, or between two attempts
 
-    A time-out of a socket is for each recv alone, so bytes that trickle never run into it. The limits here are
-    kept before each recv, whatever http.client makes of the bytes: status line, headers, chunk sizes, body.
+    The time-out of a socket applies to each recv alone, so bytes that trickle never reach it. The limits here are
+    checked before each recv, whether the bytes are status line, headers, chunk sizes or body.
     """
 
-    #: seconds that are waited at least: 0 would mean not to wait at all
+    #: the shortest time limit in seconds: 0 would mean not to wait at all
     _LEAST = 0.001
 
     def __init__(self, read_timeout: float | None = None, deadline: float | None = None) -> None:
@@ -5078,25 +5077,25 @@ class _Wire:
         self.ended: str | None = None
         self._read_timeout = read_timeout
         self.connect_timeout: float | None = None
-        #: the moments (time.monotonic) at which the call, and the wait for its next chunk, must be over
+        #: the moments (time.monotonic) by which the call, and the next chunk, must come to their end
         self.deadline = None if deadline is None else time.monotonic() + deadline
         self.due: float | None = None
         self._due_seconds: float | None = None
         self._due_reason = ""
         self._lock = threading.RLock()  # a signal handler may cancel, in the thread that holds it
-        #: which made it
+        #: the process that opened it
         self.process = os.getpid()
         self._socket: socket.socket | None = None
-        self.wake = threading.Event()  # set when it is ended
+        self.wake = threading.Event()  # set when the call is ended
 
     def expect(self, seconds: float | None, reason: str) -> None:
-        """From now on the next chunk must come within so many seconds"""
+        """Sets the time limit for the next chunk, from now on"""
         self.due = None if seconds is None else time.monotonic() + seconds
         self._due_seconds, self._due_reason = seconds, reason
 
     @contextlib.contextmanager
     def connecting(self) -> Iterator[None]:
-        """While a connection is made, what is read (of a proxy) is read within the connect time-out"""
+        """While a connection is made, reads (from a proxy) have the connect time-out"""
         read_timeout, self._read_timeout = self._read_timeout, self.connect_timeout
         try:
             yield
@@ -5104,13 +5103,13 @@ class _Wire:
             self._read_timeout = read_timeout
 
     def attach(self, sock: socket.socket | None) -> None:
-        """Notes the socket that the reader is about to wait on"""
+        """Sets the socket that the reader is about to wait on"""
         with self._lock:
             self._socket = sock
         self.check()
 
     def detach(self, sock: socket.socket | None = None) -> None:
-        """Forgets a socket that is read to its end, before it can be another's; without one whichever it is"""
+        """Forgets a socket before another call can have it; by default any"""
         with self._lock:
             if sock is None or self._socket is sock:
                 self._socket = None
@@ -5118,32 +5117,32 @@ class _Wire:
     def end(self, why: str) -> None:
         """Ends the wait of the reader, from any thread
 
-        close() would wait for the reader's recv; shutdown() ends that recv, and the reader does the closing.
+        close() would wait for the recv of the reader; shutdown() ends that recv, and the reader closes the socket.
         """
-        with self._lock:  # a socket given back to the pool may be another's already
+        with self._lock:  # a socket in the pool may belong to another call already
             self.ended = self.ended or why
             if self._socket is not None and self.is_own:
                 _shut_down(self._socket)
         self.wake.set()
 
     def begin_process(self) -> None:
-        """It belongs to this process, also where another made it"""
+        """Takes the wire over for this process"""
         self.process = os.getpid()
 
     @property
     def is_own(self) -> bool:
-        """Whether this is the process that made it, and no fork: a fork shares the socket"""
+        """Whether this process opened the socket, and is no fork, which shares it"""
         return self.process == os.getpid()
 
     def check(self) -> None:
-        """Raises what http.client and urllib3 take for an end of the connection, when there must be one"""
+        """Raises an error for http.client and urllib3 where the call was ended or a limit has passed"""
         if self.ended:
             raise ConnectionAbortedError(self.ended)
         if self.overdue():
             raise socket.timeout(self.overdue())
 
     def before_recv(self, sock: socket.socket) -> None:
-        """Checks, and makes the next recv end in time"""
+        """Checks the limits, and sets the time-out of the next recv"""
         left, now = self._read_timeout, time.monotonic()
         if self.deadline is not None and (left is None or self.deadline - now < left):
             left = self.deadline - now
@@ -5155,7 +5154,7 @@ class _Wire:
         sock.settimeout(left)
 
     def before_send(self, sock: socket.socket) -> None:
-        """The same for a send, whose time does not count for the first chunk"""
+        """Like before_recv, but the time limit of the first chunk does not count"""
         due, self.due = self.due, None
         try:
             self.before_recv(sock)
@@ -5163,7 +5162,7 @@ class _Wire:
             self.due = due
 
     def sent(self) -> None:
-        """All is sent: from now on the first chunk is waited for"""
+        """The request is sent: the time for the first chunk begins"""
         self.expect(self._due_seconds, self._due_reason)
 
     def seconds_to_connect(self) -> float | None:
@@ -5171,15 +5170,15 @@ class _Wire:
         return min((max(limit, self._LEAST) for limit in limits if limit is not None), default=None)
 
     def seconds_left(self) -> float | None:
-        """For what a request may take at most, from now on"""
+        """The time left for a request"""
         now = time.monotonic()
         limits = [moment - now for moment in (self.deadline, self.due) if moment is not None]
         limits += [] if self._read_timeout is None else [self._read_timeout]
         return max(min(limits), self._LEAST) if limits else None
 
     def overdue(self) -> str:
-        """Which limit has passed, or nothing"""
-        now = time.monotonic() + self._LEAST  # a time-out of the system may come that much early
+        """Names the limit that has passed; empty where none has"""
+        now = time.monotonic() + self._LEAST  # a time-out of the system may come this much early
         if self.deadline is not None and now >= self.deadline:
             return "the deadline of the call has passed"
         if self.due is not None and now >= self.due:
@@ -5187,11 +5186,11 @@ class _Wire:
         return ""
 
     def pause(self, seconds: float) -> None:
-        """Waits, unless the call is ended meanwhile"""
+        """Waits, until the call is ended"""
         self.wake.wait(seconds)
 
 
-#: the wire of the call that this thread is sending; urllib3 gives no other way to say it to a connection
+#: the wire of the call that this thread is sending; urllib3 offers no other way to pass it to a connection
 _sending = threading.local()
 
 
@@ -5200,10 +5199,10 @@ def _wire_of_thread() -> _Wire | None:
 
 
 class _WireReader(io.RawIOBase):
-    """The bytes of a socket, each recv within the limits of a wire"""
+    """Reads a socket, each recv within the limits of a wire"""
 
     def __init__(self, sock: Any, mode: str, wire: _Wire) -> None:
-        self._raw = sock.makefile(mode, buffering=0)  # which keeps the socket open when its connection is closed
+        self._raw = sock.makefile(mode, buffering=0)  # keeps the socket open when its connection is closed
         self._socket = sock
         self._wire = wire
 
@@ -5222,12 +5221,12 @@ class _WireReader(io.RawIOBase):
         super().close()
 
 
-#: bytes that a response buffers: lines of headers and chunk sizes, and small chunks
+#: bytes of the buffer of a response, for headers, chunk sizes and small chunks
 _BUFFER = 4096
 
 
 class _WireSocket:
-    """What http.client takes from a socket to read a response"""
+    """The part of a socket that http.client needs to read a response"""
 
     def __init__(self, sock: Any, wire: _Wire) -> None:
         self._socket, self._wire = sock, wire
@@ -5245,7 +5244,7 @@ class _WireResponse(_HTTPResponse):
         super().__init__(source, *args, **options)
 
     def _read_status(self) -> tuple[str, int, str]:
-        """The status of the answer: http.client takes 102 and 103, which come before it, for the answer itself"""
+        """The final status: http.client takes the interim 102 and 103 for the response itself"""
         version, status, reason = super()._read_status()  # type: ignore[misc]  # left out by its stubs
         while 101 < status < 200:
             parse_headers(self.fp)
@@ -5282,7 +5281,7 @@ class _WireConnection:
         return super().putrequest(*args, **options)  # type: ignore[misc]
 
     def send(self, data: Any) -> None:
-        """Sends bytes by and by: sendall() would count all of them against one time-out"""
+        """Sends in pieces: sendall() would have one time-out for all"""
         wire = _wire_of_thread()
         if wire is None or not hasattr(self.sock, "send") or not isinstance(data, bytes):
             super().send(data)  # type: ignore[misc]
@@ -5304,9 +5303,9 @@ class _WireConnection:
             wire.attach(self.sock)
 
 
-#: bytes that are given to a socket at a time
+#: bytes of one send
 _SEND_BYTES = 16384
-#: what finds out in some minutes that the other side has gone, as Anthropic's SDK has it
+#: detects within minutes that the other side has gone; the values of Anthropic's SDK
 _KEEP_ALIVE = (("SO_KEEPALIVE", 1), ("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 60), ("TCP_KEEPCNT", 5))
 _SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),  # as urllib3 has it
@@ -5319,13 +5318,13 @@ _SOCKET_OPTIONS = [
 
 
 def _connected(connection: Any, wire: _Wire) -> socket.socket:
-    """A socket to the first address of a host that takes one, within one time limit for all of them"""
+    """A socket to the first address of a host that accepts, within one time limit for all addresses"""
     host, port = connection._dns_host, connection.port
     until = time.monotonic() + (wire.seconds_to_connect() or threading.TIMEOUT_MAX)
     failure: OSError = OSError(f"no address for {host}")
     addresses = socket.getaddrinfo(host.strip("[]"), port, 0, socket.SOCK_STREAM)
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        # an address that swallows packets leaves time for the others
+        # an address that drops packets leaves time for the others
         left = (until - time.monotonic()) / (len(addresses) - position)
         sock = socket.socket(family, kind, protocol)
         try:
@@ -5345,7 +5344,7 @@ def _connected(connection: Any, wire: _Wire) -> socket.socket:
 
 
 class _Pool(HTTPConnectionPool):
-    """Makes connections of ours, unless a tool that intercepts requests (vcrpy) has put its own in their place"""
+    """Makes our connections, unless a tool that intercepts requests (vcrpy) has set its own class"""
 
     @property
     def ConnectionCls(self) -> Any:  # type: ignore[override]
@@ -5373,7 +5372,7 @@ _IS_URLLIB3 = issubclass(HTTPConnection, _HTTPConnection)
 
 
 class _WireAdapter(HTTPAdapter):
-    """Never retries by itself, and makes connections that a wire can reach"""
+    """Never retries, and makes connections that a wire can end"""
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options)
@@ -5402,7 +5401,7 @@ class _Session(requests.Session):
 
     def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
         if self.should_strip_auth(response.request.url, prepared_request.url):
-            # but for cookies, which requests itself has chosen for the new origin
+            # except cookies, which requests itself has chosen for the new origin
             for name in _key_headers(prepared_request.headers):
                 if name.lower() != "cookie":
                     del prepared_request.headers[name]
@@ -5410,23 +5409,23 @@ class _Session(requests.Session):
 
 
 class _StayingSession(_Session):
-    """A session that follows no redirect, nor prepares to: requests would read all of its body for that
+    """A session that follows no redirect; requests would read the whole body of one
 
-    It does less for each request: it has no settings of its own to merge but headers and cookies, and finds the
-    proxies and certificates for a host again only where the environment has changed.
+    It works less for each request: it merges headers and cookies only, and looks up the proxies and certificates of a
+    host again only where the environment has changed.
     """
 
-    #: what requests and urllib.request look for in the environment
+    #: the environment variables of requests and urllib.request
     _VARIABLES = tuple(
         form for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy") for form in (name, name.upper())
     ) + ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "REQUEST_METHOD")
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        """``given`` is what is not to be looked for in the environment: ``proxies``, ``verify``, ``cert``"""
+        """``given`` replaces the environment: ``proxies``, ``verify``, ``cert``"""
         super().__init__()
         self._given = given
         self._found: dict[tuple[str, str], tuple[list[str | None], Any]] = {}
-        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))  # those of one call are not for the next
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))  # cookies of one call are not for the next
 
     def merge_environment_settings(self, url: Any, *settings: Any) -> Any:
         host, environment = urlsplit(url)[:2], list(map(os.environ.get, self._VARIABLES))
@@ -5442,7 +5441,7 @@ class _StayingSession(_Session):
         prepared.prepare(
             method=request.method,
             url=request.url,
-            headers={name: value for name, value in headers.items() if value is not None},  # None is: leave it out
+            headers={name: value for name, value in headers.items() if value is not None},  # None means: leave it out
             data=request.data,
             auth=request.auth or requests.utils.get_netrc_auth(request.url),
             cookies=self.cookies,
@@ -5462,8 +5461,8 @@ def _mounted(adapter: HTTPAdapter, made: requests.Session) -> requests.Session:
 def session(retry: Retry | None = None, pool_size: int = 10) -> requests.Session:
     """A requests.Session that retries by ``retry`` (``Retry()`` by default), for requests of your own
 
-    It acts by status and headers, before the body is read; what it gives up on is returned as the response it
-    is, and a failed connection raises requests' own errors. Keeps up to ``pool_size`` connections to a host.
+    The session acts by status and headers, before the body is read. The last response is returned as it is, and a
+    failed connection raises the errors of requests. Keeps up to ``pool_size`` connections to a host.
     """
     policy = Retry() if retry is None else retry
     return _mounted(HTTPAdapter(max_retries=policy, pool_connections=pool_size, pool_maxsize=pool_size), _Session())
@@ -5483,11 +5482,11 @@ class _KeyAuth(AuthBase):
 def _send(
     via: requests.Session, wire: _Wire, method: str, url: str, connect_timeout: float | None, **options: Any
 ) -> requests.Response:
-    """Sends one request, within the limits of the wire; SheepError where no answer comes"""
+    """Sends one request, within the limits of the wire; SheepError where no response comes"""
     where = _public_url(url)
     if not isinstance(_sending, threading.local):  # requests of several greenlets would be taken for one another
         raise RuntimeError("gevent or eventlet patched threads after sheepsse was imported: patch first, then import")
-    handled = sys.exc_info()[1]  # what the caller is handling already is no cause of what fails here
+    handled = sys.exc_info()[1]  # an exception that the caller is handling is no cause of a failure here
     limits = [limit for limit in (connect_timeout, wire.seconds_left()) if limit is not None]
     timeout = (min(limits, default=None), wire.seconds_left())
     _sending.wire, wire.connect_timeout = wire, connect_timeout
@@ -5512,14 +5511,14 @@ def _send(
 
 
 def _as_pair(timeout: float | tuple[float | None, float | None] | None) -> tuple[float | None, float | None]:
-    """The seconds to connect and without a byte, as requests takes them"""
+    """The time-outs in seconds, to connect and without a byte, as in requests"""
     if timeout is None or isinstance(timeout, (int, float)):
         return timeout, timeout
     connect, read = timeout
     return connect, read
 
 
-#: what requests raises for a request that cannot be sent as it is
+#: the errors of requests for a request that cannot be sent
 _UNSENDABLE = (
     requests.exceptions.InvalidHeader,
     requests.exceptions.InvalidSchema,
@@ -5533,7 +5532,7 @@ _UNSENDABLE = (
 
 
 def _proxy_of(via: Any, url: str, options: Mapping[str, Any]) -> str:
-    """The proxy that a request goes through, as it may be shown; "" where there is none, or that cannot be seen"""
+    """The proxy of a request, without password; "" where there is none, or none is known"""
     try:
         given = [options.get(name) for name in ("proxies", "stream", "verify", "cert")]
         proxies = via.merge_environment_settings(url, given[0] or {}, *given[1:])["proxies"]
@@ -5545,14 +5544,14 @@ def _proxy_of(via: Any, url: str, options: Mapping[str, Any]) -> str:
 
 
 def _connect_error(error: Exception, where: str, proxy: str, handled: BaseException | None) -> SheepError:
-    """What a failure to get an answer means"""
+    """The error for a request without a response"""
     _raise_callers_own(error, handled)
     where += proxy and f" through the proxy {proxy}"
     if isinstance(error, _UNSENDABLE):
         return InvalidRequestError(f"the request to {where} cannot be sent: {error}")
     if _is_time_out(error, handled) and not isinstance(error, requests.ConnectTimeout):
         return StreamTimeout(f"no answer from {where} for the read time-out")
-    # what requests and urllib3's retrying wrap around the cause repeats the URL, and says no more
+    # the errors that requests and urllib3 wrap around the cause only repeat the URL
     wrappers = (requests.RequestException, urllib3.exceptions.MaxRetryError)
     causes = [link for link in _chain(error, handled) if not isinstance(link, wrappers)] or [error]
     named = [cause for cause in causes if isinstance(cause, (OSError, HTTPException))] or causes
@@ -5564,12 +5563,12 @@ def _connect_error(error: Exception, where: str, proxy: str, handled: BaseExcept
     return failure
 
 
-#: seconds that reading an error's body may take
+#: seconds to read the body of an error
 _ERROR_BODY_TIME = 5.0
 
 
 def _plain_blocks(raw: Any, answer: _HTTPResponse) -> Iterator[bytes]:
-    """What iter_bytes gives for a body that is not compressed, by http.client alone, which takes half the time"""
+    """The blocks of a body that is not compressed, by http.client alone, which takes half the time"""
     came = 0
     while True:
         try:
@@ -5579,7 +5578,7 @@ def _plain_blocks(raw: Any, answer: _HTTPResponse) -> Iterator[bytes]:
                 raise urllib3.exceptions.IncompleteRead(came, answer.length)
         except (HTTPException, OSError, OverflowError, ValueError) as error:
             raise _body_error(error) from error
-        if not block or answer.length == 0:  # another may have the connection, also where nobody reads on
+        if not block or answer.length == 0:  # the connection is free, also where nobody reads on
             answer.close()
             raw.release_conn()
         if not block:
@@ -5588,7 +5587,7 @@ def _plain_blocks(raw: Any, answer: _HTTPResponse) -> Iterator[bytes]:
 
 
 def _limited_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]:
-    """The blocks of a body, within the limits of the wire; InvalidStreamError where nothing here decodes it"""
+    """The blocks of a body, within the limits of the wire; InvalidStreamError for an unknown encoding"""
     answer, encoding = getattr(response.raw, "_original_response", None), _undecodable(response)
     if not isinstance(answer, _WireResponse):  # which reads through a _WireReader
         blocks = _foreign_blocks(response, wire)
@@ -5600,12 +5599,12 @@ def _limited_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]
 
 
 def _readable(blocks: Iterable[bytes], response: requests.Response, encoding: str) -> Iterator[bytes]:
-    """The same blocks, as long as they are text: some servers give an encoding that is none ("utf-8", "none")"""
+    """The same blocks, while they are text: some servers send an encoding that is none ("utf-8", "none")"""
     undecoded = InvalidStreamError(
         f"the answer from {_public_url(response.url)} has the Content-Encoding {encoding}, which nothing here decodes: "
         "install the package that does (brotli, zstandard), or have the server or proxy not use it"
     )
-    if "," in response.headers["Content-Encoding"]:  # of several, urllib3 takes each for one that it knows
+    if "," in response.headers["Content-Encoding"]:  # urllib3 takes each of several for one that it knows
         raise undecoded
     decoder = codecs.getincrementaldecoder("utf-8")()
     for block in blocks:
@@ -5619,10 +5618,10 @@ def _readable(blocks: Iterable[bytes], response: requests.Response, encoding: st
 
 
 def _foreign_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]:
-    """The blocks of a body, within the limits of the wire where the session is the caller's own"""
+    """The blocks of a body of a session that was passed, within the limits of the wire"""
     blocks = iter_bytes(response)
     while True:
-        sock = _socket_of(response)  # none any more when all has been read, and the socket is another's
+        sock = _socket_of(response)  # None once all was read, and the socket may belong to another call
         try:
             wire.attach(sock)
             if sock is not None:
@@ -5637,13 +5636,13 @@ def _foreign_blocks(response: requests.Response, wire: _Wire) -> Iterator[bytes]
 
 
 def _error_body(response: requests.Response, wire: _Wire) -> bytes:
-    """So much of an error's body as is worth waiting for"""
+    """The beginning of the body of an error"""
     wire.expect(_ERROR_BODY_TIME, "the body of an error did not come")
     return _read_some(_limited_blocks(response, wire), _ERROR_BODY, [])
 
 
 def _read_some(blocks: Iterable[bytes], limit: int, failure: list[SheepError]) -> bytes:
-    """The beginning of a body, as far as it comes; what ends it early is left in ``failure``"""
+    """The beginning of a body; a failure to read it is appended to ``failure``"""
     body: list[bytes] = []
     size = 0
     for block in _until_failure(blocks, failure):
@@ -5667,13 +5666,13 @@ def iter_sse(
     max_event_size: int = _MAX_EVENT_SIZE,
     **options: Any,
 ) -> Iterator[ServerSentEvent]:
-    """The events of any server, as a browser's EventSource gives them (WHATWG HTML, section 9.2)
+    """The events of any server, as in a browser's EventSource (WHATWG HTML, section 9.2)
 
-    Reconnects when the connection ends or is lost, with ``Last-Event-ID``, after the time the server set by
+    Reconnects with ``Last-Event-ID`` when the connection ends or is lost, after the time that the server set by
     ``retry:`` (3 seconds at first), until the generator is closed, the server answers 204, or ``retry.total``
-    tries in a row brought no event. An answer that is not 200 with ``text/event-stream`` is an error; one that
+    attempts in a row bring no event. A response other than 200 with ``text/event-stream`` is an error; one that
     ``retry`` allows is tried again. ``reconnect=False`` reads one connection. ``options`` go to
-    ``session.request``, ``timeout`` is (connect, seconds without a byte).
+    ``session.request``; ``timeout`` is (connect, seconds without a byte).
     """
     source = _EventSource(method, url, last_event_id, max_event_size)
     policy = Retry() if retry is None else retry
@@ -5702,7 +5701,7 @@ def iter_sse(
 
 
 def _reconnection_pause(policy: Retry, failure: SheepError, failures: int, seconds: float) -> None:
-    """Waits before the next connection, or raises the failure when there have been too many"""
+    """Waits before the next connection, or raises the failure after too many"""
     if failures or not failure.retryable:
         delay = policy.wait(failure, max(failures, 1))
         if delay is None:
@@ -5715,12 +5714,12 @@ def _reconnection_pause(policy: Retry, failure: SheepError, failures: int, secon
     (policy.sleep_function or time.sleep)(seconds)
 
 
-#: seconds; time.sleep cannot sleep for the longest time that a server can ask for
+#: seconds; time.sleep cannot sleep as long as a server may demand
 _LONGEST_RECONNECTION = 86400.0
 
 
 class _EventSource:
-    """What an EventSource remembers from one connection to the next"""
+    """The state of an EventSource between two connections"""
 
     def __init__(self, method: str, url: str, last_event_id: str, max_event_size: int) -> None:
         self._method, self._url = method, url
@@ -5745,7 +5744,7 @@ class _EventSource:
                 self.finished = True
                 return
             _require_event_stream(response, wire)
-            # a fresh decoder: what was not ended is dropped with the connection
+            # a fresh decoder: an open event is dropped with its connection
             self._decoder = _StrictDecoder(self._max_event_size, last_event_id)
             yield from _decoded(_limited_blocks(response, wire), self._decoder)
         finally:
@@ -5755,7 +5754,7 @@ class _EventSource:
 
 
 def _require_event_stream(response: requests.Response, wire: _Wire) -> None:
-    """Raises for an answer that EventSource would not read"""
+    """Raises for a response that an EventSource would not read"""
     where = _public_url(response.url)
     if response.status_code != 200:
         body = _error_body(response, wire)
@@ -6569,25 +6568,25 @@ class _Reading:
 #
 # The relay keeps its events in files of the same lines (_Lines).
 
-#: how an answer was made whole, the weakest way last
+#: the words of Stream.continuity, the weakest last
 _CONTINUITIES = ("single", "replayed", "verified", "restarted", "continued")
-#: of the journals' format; one of another version is left alone
+#: of the format; a journal of another version is left alone
 _JOURNAL_VERSION = 1
-#: what each journal begins with; the version follows
+#: the first bytes of each journal; the version follows
 _JOURNAL_MAGIC = b'{"sheepsse":'
 _JOURNAL_END = {"complete": True}
-# not ASCII alone: two lone surrogates, escaped, would come back as one character
+# not ASCII: two escaped lone surrogates would be read as one character
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-#: Windows neither removes nor replaces a file that is open
+#: Windows cannot remove or replace an open file
 _CAN_REPLACE_OPEN = os.name == "posix"
-#: the byte of a file that is locked on Windows: far behind its end, for what is locked nobody else can read
+#: the byte that is locked on Windows: far behind the end, for nobody else can read a locked byte
 _LOCKED_BYTE = (1 << 31) - 2
-#: stands behind the name of a file while its successor is written
+#: the ending of a new file while it is written
 _NEW = ".new"
 
 
 def _journal_lines(contents: Iterable[Any], checksum: int = 0) -> tuple[bytes, int]:
-    """Lines of JSON, each with the CRC-32 of itself and of all before, so that none can be missing; and the last"""
+    """Lines of JSON, each with the CRC-32 of itself and of all lines before; and the last CRC-32"""
     lines = []
     try:
         for content in contents:
@@ -6600,7 +6599,7 @@ def _journal_lines(contents: Iterable[Any], checksum: int = 0) -> tuple[bytes, i
 
 
 def _chunk_fields(chunk: Chunk) -> dict[str, Any]:
-    """What a chunk says, for a line: without ``raw``, and without what is as it is by default"""
+    """The fields of a chunk for a line, without ``raw`` and without defaults"""
     defaults = chunk._field_defaults
     fields = {name: part for name, part in zip(chunk._fields, chunk) if name != "raw" and part != defaults[name]}
     if chunk.tool_calls:
@@ -6608,7 +6607,7 @@ def _chunk_fields(chunk: Chunk) -> dict[str, Any]:
     if chunk.usage is not None:
         fields["usage"] = _changed_fields(chunk.usage)
         if chunk.usage.cost is not None:
-            fields["usage"]["cost"] = str(chunk.usage.cost)  # exact, as a number in JSON would not be
+            fields["usage"]["cost"] = str(chunk.usage.cost)  # exact, unlike a number in JSON
     return fields
 
 
@@ -6618,7 +6617,7 @@ def _changed_fields(value: Any) -> dict[str, Any]:
 
 
 def _chunk_of_fields(fields: dict[str, Any]) -> Chunk:
-    """A chunk of what a line says; an error where the line says something else, whoever wrote it"""
+    """The chunk of a line; an error for any other content"""
     _check_types(fields, _CHUNK_TYPES)
     for call in fields.get("tool_calls", ()):
         _check_types(call, _CALL_TYPES)
@@ -6635,27 +6634,27 @@ def _chunk_of_fields(fields: dict[str, Any]) -> Chunk:
 
 
 class _Saved(NamedTuple):
-    """What a journal holds"""
+    """The content of a journal"""
 
-    #: ``name`` and ``request`` where it was opened with them; empty where nothing was saved yet
+    #: ``name`` and ``request``, where it was opened with them; empty without a line
     header: Mapping[str, Any] = {}
     chunks: Sequence[Chunk] = ()
-    #: how the text was made whole, as Stream.continuity has it
+    #: as Stream.continuity
     continuity: str = "single"
     complete: bool = False
-    #: how many bytes are good: what is behind them is a torn line
+    #: bytes of good lines; a torn line may follow
     size: int = 0
     #: of the last good line
     checksum: int = 0
 
 
 def _is_journal(data: bytes) -> bool:
-    """Whether a file is one of ours, be it cut off in its first bytes"""
+    """Whether a file is a journal, perhaps cut off in its first bytes"""
     return data.startswith(_JOURNAL_MAGIC) or _JOURNAL_MAGIC.startswith(data)
 
 
 def _saved_in(data: bytes, path: str) -> _Saved:
-    """What the bytes of a journal say, but for a torn last line; CheckpointError for any other damage"""
+    """The content of a journal without a torn last line; CheckpointError for any other damage"""
     if not _is_journal(data):
         raise CheckpointError(f"{path} is no checkpoint and was left as it is: choose another place, or move it away")
     lines = data.split(b"\n")
@@ -6684,7 +6683,7 @@ def _saved_in(data: bytes, path: str) -> _Saved:
 
 
 def _good_lines(lines: Sequence[bytes], path: str, checksum: int = 0) -> tuple[list[Any], int, int]:
-    """What the lines say up to the first that is not as it was written, their bytes, and the last checksum
+    """The content of the lines before the first bad line, their size in bytes, and the last checksum
 
     ``checksum`` is that of the line before them.
     """
@@ -6711,7 +6710,7 @@ def _damaged(path: str, how: str) -> CheckpointError:
 
 
 def _failed(path: str, what: str, error: Exception) -> CheckpointError:
-    """The error for what the operating system refused, in its own words"""
+    """The error for a refusal of the operating system, in its words"""
     _raise_callers_own(error)
     reason = getattr(error, "strerror", None) or error
     return CheckpointError(f"{path} cannot be {what}: {reason}; mend that and try again, for what it holds is kept")
@@ -6729,7 +6728,7 @@ def _open(path: str, flags: int, shared: bool) -> io.FileIO:
     """The regular file at a path; FileNotFoundError where there is none"""
     import stat
 
-    # a link could lead to any file of the user's, and a pipe would be waited for
+    # a link could lead to any file of the user, and a pipe would block
     more = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     not_regular = CheckpointError(f"{path} is a link or no regular file, and was left as it is: choose another place")
     try:
@@ -6760,13 +6759,13 @@ def _opened(path: str, flags: int, shared: bool = False) -> io.FileIO | None:
 
 
 def _created(path: str, flags: int = os.O_APPEND, shared: bool = False) -> io.FileIO:
-    """The regular file at a path, to be written; made where there is none, for its owner alone"""
+    """The regular file at a path, for writing; made for its owner alone where there is none"""
     with _file_errors(path, "made"):
         return _open(path, flags | os.O_RDWR | os.O_CREAT, shared)
 
 
 def _check_owner(status: os.stat_result, path: str, shared: bool) -> None:
-    """CheckpointError for what another user may have put there: it would be taken for a model's answer"""
+    """CheckpointError for a file or folder that another user may write: the text would pass as an answer"""
     if not hasattr(os, "geteuid"):  # Windows has other rights
         return
     if status.st_uid not in (0, os.geteuid()):
@@ -6778,12 +6777,12 @@ def _check_owner(status: os.stat_result, path: str, shared: bool) -> None:
 
 
 def _lock(file: io.FileIO) -> None:
-    """Takes the file for this opening of it alone, or raises OSError at once"""
+    """Locks an open file, or raises OSError at once"""
     _change_lock(file, True)
 
 
 def _unlock(file: io.FileIO) -> None:
-    """Gives the file free also where a forked process has it open"""
+    """Unlocks an open file, also where a forked process has it open"""
     _change_lock(file, False)
 
 
@@ -6801,7 +6800,7 @@ def _change_lock(file: io.FileIO, is_taken: bool) -> None:
 
 
 def _is_locked(file: io.FileIO, path: str) -> bool:
-    """Locks a file, or closes one that was removed before it was locked; CheckpointError where another has the lock"""
+    """Locks a file, or closes it where it was removed meanwhile; CheckpointError where another has the lock"""
     try:
         _lock(file)
         if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
@@ -6842,7 +6841,7 @@ def _read_whole(file: io.FileIO, path: str) -> bytes:
 
 
 def _saved_at(path: str, shared: bool = False) -> _Saved:
-    """What the journal at a path holds, without a lock: nothing where there is none"""
+    """The content of the journal at a path, read without a lock; empty where there is no file"""
     file = _opened(path, os.O_RDONLY, shared)
     if file is None:
         return _Saved()
@@ -6857,10 +6856,10 @@ def _make_folder(path: str) -> None:
 
 
 def _checked_folder(folder: str, shared: bool = False) -> str:
-    """The same folder; CheckpointError where others may write to it. One that is not there yet will be ours alone"""
+    """The same folder; CheckpointError where others may write to it"""
     try:
         status = os.stat(folder or ".")
-    except (OSError, ValueError):  # whoever uses it finds out
+    except (OSError, ValueError):  # its first use raises
         return folder
     _check_owner(status, folder, shared)
     return folder
@@ -6868,12 +6867,12 @@ def _checked_folder(folder: str, shared: bool = False) -> str:
 
 def _write_all(file: io.FileIO, data: bytes) -> None:
     left = memoryview(data)
-    while left:  # a disk that becomes full takes a part, and refuses the next
+    while left:  # a full disk takes a part, and refuses the rest
         left = left[os.write(file.fileno(), left) :]
 
 
 def _remove(file: io.FileIO, path: str) -> None:
-    """Removes a locked file, and what a kill left of its successor"""
+    """Removes a locked file, and a new file that a kill left behind"""
     if not _CAN_REPLACE_OPEN:
         file.close()
     for name in (path + _NEW, path):
@@ -6882,24 +6881,23 @@ def _remove(file: io.FileIO, path: str) -> None:
 
 
 class _Lines:
-    """A file of JSON lines that only grows, the first of them its header, locked by the one opening that writes
+    """A file of JSON lines, a header first, that only grows; its writer holds the lock
 
-    A torn last line is taken for none, and cut off before more is appended. Belongs to the process that opened it:
-    not across a fork.
+    A torn last line is cut off before more is appended. Belongs to the process that opened it, not to a fork.
     """
 
     def __init__(self, path: str, header: Mapping[str, Any], file: io.FileIO | None, end: tuple[int, int]) -> None:
         self._path = path
         self._header = {"sheepsse": _JOURNAL_VERSION, **header}
         self._file = file
-        self._end = end  # size and checksum of what is good
-        self._torn = True  # there may be bytes behind the end
+        self._end = end  # size and checksum of the good lines
+        self._torn = True  # bytes may follow the good lines
         self._process = os.getpid()
         #: whether nothing may follow
         self.complete = False
 
     def write(self, contents: Sequence[Any]) -> None:
-        """Keeps lines, by one write; where that fails with CheckpointError, the file still has all before them"""
+        """Appends lines, by one write; where the write fails with CheckpointError, all lines before are still there"""
         if self._file is None or self.complete:
             raise CheckpointError(f"{self._path} is complete or closed: open it with refresh=True to write it anew")
         size, checksum = self._end
@@ -6908,7 +6906,7 @@ class _Lines:
         lines, checksum = _journal_lines(contents, checksum)
         if self._torn:
             self.cut()
-        self._torn = True  # until all is written, also where Ctrl-C comes in between
+        self._torn = True  # until all is written, also after Ctrl-C
         try:
             _write_all(self._file, lines)
         except OSError as error:
@@ -6917,7 +6915,7 @@ class _Lines:
         self._torn = False
 
     def cut(self) -> None:
-        """Cuts off what is behind the last good line"""
+        """Cuts off all behind the last good line"""
         assert self._file is not None
         with _file_errors(self._path, "written"):
             os.ftruncate(self._file.fileno(), self._end[0])
@@ -6934,24 +6932,23 @@ class _Lines:
         _remove(self._file, self._path)
 
     def close(self) -> None:
-        """Gives the lock back; may be called again"""
+        """Releases the lock; may be called again"""
         file, self._file = self._file, None
         if file is not None:
             with file:
-                if self._process == os.getpid():  # a fork that closes its copy does not end our lock
+                if self._process == os.getpid():  # a fork that closes its copy does not release our lock
                     _unlock(file)
 
 
 class _Journal(_Lines):
-    """A file of chunks: after a kill at any moment it holds all that was appended
+    """A file of chunks, which holds all that was appended after a kill at any moment
 
-    A header, a line a chunk, and a last line that says it is complete; one that is complete holds no lock. Belongs
-    to one thread.
+    It has a header, a line for each chunk, and a last line once it is complete. Belongs to one thread.
     """
 
     def __init__(self, path: str, header: Mapping[str, Any], saved: _Saved, file: io.FileIO | None) -> None:
         super().__init__(path, header, file, (saved.size, saved.checksum))
-        #: what was saved when it was opened
+        #: saved before it was opened
         self.chunks = list(saved.chunks)
         self.continuity = saved.continuity
         self.complete = saved.complete
@@ -6966,10 +6963,10 @@ class _Journal(_Lines):
         request: str | None = None,
         shared: bool = False,
     ) -> _Journal:
-        """Opens a journal to go on with it; CheckpointError at once where another has it open
+        """Opens a journal to append to it; CheckpointError at once where another has it open
 
-        ``refresh`` leaves out what was saved: that is given up when there is something newer, at the first append.
-        ``name`` and ``request`` must be those it was made with.
+        ``refresh`` ignores the saved chunks, which the first append replaces. ``name`` and ``request`` must be those of
+        the journal.
         """
         header = {key: value for key, value in (("name", name), ("request", request)) if value is not None}
         _make_folder(path)
@@ -6987,7 +6984,7 @@ class _Journal(_Lines):
             file.close()
             raise
         journal = cls(path, header, saved, file)
-        if saved.complete:  # by another, in the meantime
+        if saved.complete:  # completed by another process meanwhile
             journal.close()
         return journal
 
@@ -6998,24 +6995,24 @@ class _Journal(_Lines):
         self.close()
 
     def note(self, continuity: str) -> None:
-        """Keeps how the text was made whole"""
+        """Saves the continuity"""
         if continuity != self.continuity:
             self.write([{"continuity": continuity}])
             self.continuity = continuity
 
     def finish(self) -> None:
-        """Says that this was all; it is on the disk when this returns"""
+        """Marks the journal as complete; it is on the disk when this returns"""
         self.write([_JOURNAL_END])
         self.complete = True
         self.sync()
 
     def restart(self) -> None:
-        """Leaves out what was saved, which is given up when there is something newer, at the first append"""
+        """Ignores the saved chunks, which the next append replaces"""
         self.chunks, self.continuity, self.complete = [], "single", False
         self._end, self._torn = (0, 0), True
 
     def replace(self, chunks: Iterable[Chunk]) -> None:
-        """Puts these chunks, complete, in the place of what was saved: all or, when killed, none; closes it"""
+        """Replaces the file by a complete one with these chunks, at once or not at all; closes it"""
         new = self._path + _NEW
         with contextlib.closing(_Lines(new, self._header, _created(new, os.O_TRUNC), (0, 0))) as lines:
             lines.write([*map(_chunk_fields, chunks), _JOURNAL_END])
@@ -7030,16 +7027,16 @@ class _Journal(_Lines):
 
 
 def _saved_if_complete(path: str, shared: bool = False) -> _Saved | None:
-    """What a complete journal holds, by reading alone, so that many may and a read-only folder will do; else None"""
+    """The content of a complete journal, read without a lock (many may read, also in a read-only folder); else None"""
     try:
         saved = _saved_at(path, shared)
-    except CheckpointError:  # under the lock it is found out whether it is damaged, or was just being cut
+    except CheckpointError:  # damaged, or just being cut: its opening under the lock decides
         return None
     return saved if saved.complete else None
 
 
 def _check_header(saved: _Saved, header: Mapping[str, Any], path: str) -> None:
-    """CheckpointError where a journal was made for something else"""
+    """CheckpointError where a journal belongs to another name or request"""
     if not saved.size:
         return
     if "name" in header and saved.header.get("name") != header["name"]:
@@ -7052,7 +7049,7 @@ def _check_header(saved: _Saved, header: Mapping[str, Any], path: str) -> None:
 
 
 def _request_key(request: Any) -> str:
-    """The hash of a request: of what its JSON says, in whatever order its keys are"""
+    """The hash of a request, for any order of its keys"""
     import hashlib
 
     try:
@@ -7062,7 +7059,7 @@ def _request_key(request: Any) -> str:
     return hashlib.sha256(canonical).hexdigest()
 
 
-#: what a call takes and no answer depends on, or what may hold a key: no part of a request's hash
+#: options that do not change the answer, or may hold a key: no part of the hash of a request
 _NOT_ASKED = {
     *("alignment", "api_key", "breaker", "checkpoint", "client", "deadline", "fallback", "first_timeout", "headers"),
     *("idle_timeout", "limiter", "max_answer_size", "max_event_size", "on_retry", "prices", "refresh", "resume"),
@@ -7071,14 +7068,13 @@ _NOT_ASKED = {
 
 
 class Checkpoints:
-    """Answers, finished or not, in a folder: a file each, for the user's eyes only
+    """A folder of answers, whole or not: one file each, for the eyes of the user only
 
-    ``max_age`` is the seconds after its last change that ``expire()`` leaves a checkpoint; nothing else removes
-    one by its age. A name may be any str: it is kept in the file, and the file's own name is made of its hash.
-    A folder or a file that another user than root owns, or that others may write, is a CheckpointError; with
-    ``shared`` the group may.
-    Iteration gives the names. May be shared between threads; each checkpoint has one writer at a time.
-    CheckpointError where the operating system refuses, or a file is damaged.
+    ``expire()`` removes a checkpoint ``max_age`` seconds after its last change; nothing else removes checkpoints by
+    age. A name may be any str: the file holds the name, and is called by its hash. A folder or file that another user
+    (except root) owns, or that others may write, is a CheckpointError; with ``shared`` the group may write. Iteration
+    gives the names. May be shared between threads; each checkpoint has one writer at a time. CheckpointError where the
+    operating system refuses, or a file is damaged.
     """
 
     def __init__(self, dir: str | os.PathLike[str], max_age: float | None = None, shared: bool = False) -> None:
@@ -7090,21 +7086,21 @@ class Checkpoints:
         return f"Checkpoints({self._folder!r}, max_age={self._max_age!r})"
 
     def key(self, messages: str | Iterable[Mapping[str, Any]], **params: Any) -> str:
-        """A name for a request: the hash of its messages and of all that its answer depends on
+        """A name for a request: the hash of its messages and of all options that change the answer
 
-        The same for any order of the keys in it, whatever the key, the headers, the time-outs and the like.
+        The order of keys, the API key, headers, time-outs and the like do not matter.
         """
         asked = {name: value for name, value in params.items() if name not in _NOT_ASKED}
         asked.update(asked.pop("extra_body", None) or {})
         return _request_key({"messages": _messages(messages), "params": asked})
 
     def save(self, name: str, text: str) -> None:
-        """Keeps a text as a complete answer, in the place of what there was: all of it or, when killed, nothing"""
+        """Saves a text as a complete answer, in place of the one before; after a kill, either of the two is there"""
         with _Journal.open(self._path(name), refresh=True, name=name, shared=self._shared) as journal:
             journal.replace([Chunk(text=text)])
 
     def load(self, name: str) -> Completion | None:
-        """What was saved, ``complete`` or as far as it came; None where there is no checkpoint"""
+        """The saved answer, ``complete`` or not; None where there is no checkpoint"""
         path = self._path(name)
         saved = _saved_at(path, self._shared)
         _check_header(saved, {"name": name}, path)
@@ -7117,7 +7113,7 @@ class Checkpoints:
         return answer.completion()
 
     def clear(self, name: str) -> None:
-        """Removes a checkpoint, where there is one; CheckpointError where it is being written"""
+        """Removes a checkpoint, if there is one; CheckpointError where it is being written"""
         path = self._path(name)
         file = _locked(path, os.O_RDONLY, self._shared)
         if file is not None:
@@ -7125,7 +7121,7 @@ class Checkpoints:
                 _remove(file, path)
 
     def expire(self) -> list[str]:
-        """Removes those that are older than ``max_age`` and not in use, and gives their names; none where it is None"""
+        """Removes checkpoints older than ``max_age`` that are not in use, and returns their names"""
         removed: list[str] = []
         if self._max_age is None:
             return removed
@@ -7155,14 +7151,14 @@ class Checkpoints:
                     yield name
 
     def named(self, name: str) -> _Checkpoint:
-        """This checkpoint, for ``checkpoint=``; a name is for one request"""
+        """This checkpoint, for ``checkpoint=``; each name belongs to one request"""
         return _Checkpoint(self._folder, _checked_name(name), shared=self._shared)
 
     def _path(self, name: str) -> str:
         return os.path.join(_checked_folder(self._folder, self._shared), _file_name(_checked_name(name)))
 
     def _paths(self) -> list[str]:
-        """The files that may be checkpoints, sorted"""
+        """The paths that may be checkpoints, sorted"""
         _checked_folder(self._folder, self._shared)
         names: list[str] = []
         with _file_errors(self._folder, "read"), contextlib.suppress(FileNotFoundError):
@@ -7171,23 +7167,23 @@ class Checkpoints:
 
 
 class _Checkpoint(NamedTuple):
-    """Where a call keeps its answer"""
+    """The place of the checkpoint of one call"""
 
     folder: str
-    #: None is the request's hash
+    #: None means the hash of the request
     name: str | None = None
-    #: which one it is of several equal requests
+    #: tells equal requests apart
     copy: str = ""
     shared: bool = False
 
     def open(self, request: str, refresh: bool = False) -> _Journal:
-        """The journal for a request, by its hash; CheckpointError where it holds the answer to another"""
+        """Opens the journal of a request, by its hash; CheckpointError where it belongs to another request"""
         request = self._key(request)
         name = request if self.name is None else self.name
         return _Journal.open(self._path(request), refresh, name=name, request=request, shared=self.shared)
 
     def is_complete(self, request: str) -> bool:
-        """Whether the whole answer to a request, by its hash, is there"""
+        """Whether the journal of a request, by its hash, is complete"""
         saved = _saved_if_complete(self._path(self._key(request)), self.shared)
         return saved is not None and saved.header.get("request") == self._key(request)
 
@@ -7200,7 +7196,7 @@ class _Checkpoint(NamedTuple):
 
 
 def _as_checkpoint(place: Any) -> _Checkpoint:
-    """What ``checkpoint=`` names: a folder, Checkpoints, or one of them by name"""
+    """The place that ``checkpoint=`` names: a folder, Checkpoints, or one of them by name"""
     if isinstance(place, _Checkpoint):
         return place
     if isinstance(place, Checkpoints):
@@ -7212,15 +7208,15 @@ def _as_checkpoint(place: Any) -> _Checkpoint:
     raise TypeError(f"checkpoint is a folder, Checkpoints(...) or Checkpoints(...).named(...), got {place!r}")
 
 
-#: what _file_name makes
+#: the form of _file_name
 _FILE_NAME = r"(?a)(?:[\w-]+-)?[0-9a-f]{32}\.jsonl|[0-9a-f]{64}\.jsonl"
 
 
 def _file_name(name: str) -> str:
-    """The file for a name: some of it for the reader, and a hash of it, which differs wherever names do
+    """The file of a name: a readable part of the name, and its hash, which differs wherever names do
 
-    So no name leads out of the folder, is too long, or is that of a device, and none meets another where case
-    does not count. The hash of a request stands for itself.
+    So no file leads out of the folder, has too long a name or the name of a device, or meets another where case does
+    not count. The hash of a request stands for itself.
     """
     import hashlib
 
@@ -7238,7 +7234,7 @@ def _checked_name(name: str) -> str:
 
 
 def _name_in(file: io.FileIO, path: str) -> str | None:
-    """The name that a file was saved by, None where it was not, or cannot be read"""
+    """The name in the header of a file; None where there is none, or the file is no journal"""
     blocks = [b""]
     with _file_errors(path, "read"):
         while b"\n" not in blocks[-1]:
@@ -7251,10 +7247,10 @@ def _name_in(file: io.FileIO, path: str) -> str | None:
 
 
 def record(chunks: Iterable[Chunk], path: str | os.PathLike[str]) -> Iterator[Chunk]:
-    """The same chunks, each kept in the file at ``path`` before it is given on, but for its ``raw``
+    """The same chunks; each is saved in the file at ``path``, without its ``raw``, before it is returned
 
-    The file is made anew, for its owner's eyes only, when the first chunk is asked for, and is complete when
-    ``chunks`` ends without an error. CheckpointError where that cannot be, as where another writes it.
+    The first ``next()`` makes the file anew, for the eyes of its owner only. The file is complete when ``chunks`` ends
+    without an error. CheckpointError where the file cannot be written, or another process writes it.
     """
     with _Journal.open(os.fsdecode(path), refresh=True) as journal:
         journal.cut()
@@ -7265,10 +7261,10 @@ def record(chunks: Iterable[Chunk], path: str | os.PathLike[str]) -> Iterator[Ch
 
 
 def replay(path: str | os.PathLike[str]) -> Iterator[Chunk]:
-    """The chunks that ``record`` kept in a file
+    """The chunks that ``record`` saved in a file
 
-    StreamInterrupted, with ``partial``, at the end of those that are not complete; CheckpointError where there is
-    no such file, or it is damaged.
+    StreamInterrupted, with ``partial``, at the end of a file that is not complete; CheckpointError where there is no
+    such file, or the file is damaged.
     """
     path = os.fsdecode(path)
     saved = _saved_at(path)
