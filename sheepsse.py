@@ -1525,17 +1525,17 @@ class _StrictDecoder(SSEDecoder):
 
 
 class Dialect:
-    """How one family of APIs speaks; an instance reads one stream
+    """The requests and events of one family of APIs; an instance reads one stream
 
-    A subclass says how a request is written (``path``, ``key_headers``, ``body``) and what an event means
-    (``chunks``), and is put into ``DIALECTS`` under its name.
+    A subclass writes requests (``path``, ``key_headers``, ``body``) and parses events (``chunks``). It is put into
+    ``DIALECTS`` under its name.
     """
 
     name = ""
-    #: put after the base URL, and after the first of ``roots``, in one of which a base URL may end already
+    #: appended to the base URL and to the first of ``roots``, unless the base URL ends in a root already
     path = ""
     roots: tuple[str, ...] = ()
-    #: where the list of models is
+    #: the path of the list of models
     models_path = "/models"
     #: headers of every request
     headers: Mapping[str, str] = {}
@@ -1543,38 +1543,38 @@ class Dialect:
     require_end = True
     #: whether the end of the body ends an answer that has its finish reason
     ends_with_body = False
-    #: counts of a usage, by the names of _COUNTS, that are not in the whole they are part of
+    #: counts of a usage, by the names of _COUNTS, that their whole does not include
     excluded: frozenset[str] = frozenset()
-    #: whether the end of a stream repeats the answer, which is held against what came
+    #: whether the end of a stream repeats the answer, to be compared with the pieces before
     compares = False
-    #: names of events whose data must be readable; others are skipped where it is not
+    #: names of events whose data must be JSON; other events without JSON are skipped
     event_names: frozenset[str] = frozenset({"message", "error"})
 
     def __init__(self, choices: int = 1) -> None:
-        #: how many choices the request asked for
+        #: how many choices were requested
         self.choices = choices
-        #: whether the answer is whole: that the stream ends now, be it by a lost connection, loses nothing of it
+        #: whether the answer is whole: nothing of it is lost where the stream ends now
         self.whole = False
-        #: whether a finish reason came for all that was requested: the answer is whole where the end marker follows
+        #: whether all choices have a finish reason: the answer is whole where the end marker follows
         self.finished = False
         #: whether nothing more can follow
         self.done = False
-        #: whether the answer is still being made, and can be asked for again
+        #: whether the service is still making the answer, and it can be requested again
         self.pending = False
-        #: whether the connection was lost when the answer was whole: its usage may be missing
+        #: whether the connection was lost after the answer was whole: the usage may be missing
         self.lost = False
-        self._failure: SheepError | None = None  # what the finish reason of the present event means
+        self._failure: SheepError | None = None  # by the finish reason of this event
         self._counts: dict[str, Any] = {}  # of the usage so far
-        self._halves: dict[tuple[int, str | int], str] = {}  # of characters, by choice and field or tool call
+        self._halves: dict[tuple[int, str | int], str] = {}  # halves of characters, by choice and field or tool call
 
     @classmethod
     def url(cls, base_url: str, model: str, stream: bool) -> str:
-        """Where a request goes"""
+        """The URL of a request"""
         return cls.endpoint(base_url, cls.path)
 
     @classmethod
     def endpoint(cls, base_url: str, path: str) -> str:
-        """The path put after a base URL, before its query if it has one (Azure's api-version)"""
+        """A base URL with the path, before its query if it has one (Azure's api-version)"""
         parts = urlsplit(base_url)
         base = parts.path.rstrip("/")
         if cls.roots and not base.endswith(cls.roots):
@@ -1588,39 +1588,39 @@ class Dialect:
 
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
-        """The body of a request, of messages and tools in OpenAI's shape; nothing of the caller's is changed"""
+        """The body of a request, from messages and tools in OpenAI's shape; the arguments are not changed"""
         raise NotImplementedError
 
     @classmethod
     def optional(cls, stream: bool) -> dict[str, Any]:
-        """What else is asked for, where the caller does not set it and the server does not refuse it"""
+        """Members that are added to the body, unless the caller sets them or the server refuses them"""
         return {}
 
     @classmethod
     def choices_asked(cls, body: Mapping[str, Any]) -> int:
-        """How many choices a body asks for"""
+        """How many choices a body requests"""
         return _count(body.get("n"), 1)
 
     @classmethod
     def recognises(cls, payload: Mapping[str, Any]) -> bool:
-        """Whether the JSON of an event can only be of this dialect"""
+        """Whether the JSON of an event can only belong to this dialect"""
         return False
 
     @classmethod
     def job_url(cls, url: str, body: Mapping[str, Any], id: str, action: str = "") -> str:
-        """Where the answer of this id is kept, while it is made and after, or "" where it is not
+        """The URL of the stored answer with this id, while the service makes it and after; "" where there is none
 
-        With the ``action`` cancel, where its making is ended.
+        With the ``action`` cancel, the URL to cancel it.
         """
         return ""
 
     @classmethod
     def replay_url(cls, url: str, body: Mapping[str, Any], id: str, reader: Dialect | None) -> str:
-        """Where the stream of a kept answer can be had again, from where ``reader`` stopped, or "" where it cannot"""
+        """The URL to stream a stored answer again, from where ``reader`` stopped; "" where there is none"""
         return ""
 
     def chunks(self, event: ServerSentEvent) -> Iterable[Chunk]:
-        """What an event brings; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
+        """The chunks of an event; sets ``whole`` and ``done``, raises StreamError for an event that is an error"""
         raise NotImplementedError
 
     def read(self, event: ServerSentEvent) -> Iterable[Chunk]:
@@ -1634,33 +1634,33 @@ class Dialect:
     def _checked(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         for chunk in chunks:
             yield self._without_halves(chunk)
-        failure, self._failure = self._failure, None  # another connection may be read on
+        failure, self._failure = self._failure, None  # another connection may be read
         if failure is not None:
             self.whole = self.done = self.finished = False
             raise failure
 
     def last(self, is_end: bool) -> Iterator[Chunk]:
-        """The last chunks, where the answer has ended, or its body has (``is_end``)"""
+        """The last chunks of the answer; ``is_end`` says that its body has ended"""
         self.whole = self.whole or (is_end and self.finished and self.ends_with_body)
         yield from self.end()
 
     def require_whole(self) -> None:
-        """StreamInterrupted where the answer has ended and is not whole"""
+        """Raises StreamInterrupted where the answer has ended and is not whole"""
         if self.require_end and not self.whole:
             raise StreamInterrupted("the stream ended without its end marker")
 
     def end(self) -> Iterator[Chunk]:
-        """The last chunks, where the answer has ended: halves of characters whose other half never came"""
+        """The last chunks of the answer: halves of characters whose other half never came"""
         for index, field in self._halves:
             call = (ToolCall(field, arguments="\ufffd"),) if isinstance(field, int) else ()
             yield Chunk(index=index, tool_calls=call) if call else _chunk_with(Chunk(index=index), str(field), "\ufffd")
 
     def load(self, event: ServerSentEvent) -> dict[str, Any] | None:
-        """The JSON object in an event's data, or None where there is nothing to read; notes a ``[DONE]``"""
+        """The JSON object in the data of an event, or None where there is none; handles ``[DONE]``"""
         data = event.data.strip()
         if data == "[DONE]":
             self.done, self.whole = True, self.whole or self.finished
-        if not data or self.done or data[0] == ":":  # the last is a comment in the place of data
+        if not data or self.done or data[0] == ":":  # the last is a comment in place of data
             return None
         try:
             payload, end = _JSON.raw_decode(data)
@@ -1672,7 +1672,7 @@ class Dialect:
             payload = payload[0]
         if isinstance(payload, dict):
             return payload
-        if event.event == "error":  # said in plain words
+        if event.event == "error":  # in plain words
             return {"error": _text(payload) or data}
         if payload is None or event.event not in self.event_names or self.whole:
             return None
@@ -1680,10 +1680,10 @@ class Dialect:
         raise InvalidStreamError(f"expected {expected} in the data of an event, got {_excerpt(event.data)}")
 
     def finish(self, reason: str, calls: object = (), native: str = "", pause: Mapping[str, Any] | None = None) -> str:
-        """A finish reason in the common word; ``read`` raises for one that means a failure, or a pause of the vendor
+        """The common word for a finish reason; for one that means a failure or a pause, ``read`` will raise
 
-        ``calls`` is true where there are tool calls, ``native`` is the reason in the words of a provider behind the
-        provider, ``pause`` is what continues the answer.
+        ``calls`` is true where there are tool calls. ``native`` is the finish reason of the provider behind a gateway.
+        ``pause`` is what the next request must send back.
         """
         for word in (reason.lower().replace("-", "_"), native.lower().replace("-", "_")):
             if word in _PAUSES:
@@ -1698,22 +1698,24 @@ class Dialect:
         return "tool_calls" if calls and finish == "stop" else finish
 
     def usage(self, wire: Any) -> Usage | None:
-        """The usage so far, with what is counted here; None where nothing is. A 0 that comes last is no count"""
+        """The usage so far, with the counts of ``wire``; None without counts. A 0 at the end is no count"""
         counts = _counts_in(_dict(wire), self.excluded)
         for name, count in counts.items():
-            # a part of a whole that was counted with it may be 0 in the end
+            # a part may be 0 at the end, where its whole is counted in the same usage
             if count or name not in self._counts or counts.get(_PART_OF.get(name, "")):
                 self._counts[name] = count
         if not counts:
             return None
         known = {**dict.fromkeys(_COUNTS, 0), **self._counts}
         reasoning, total = known["reasoning"], known["total"]
-        rest = total - known["input"] - known["output"]  # of the total, which says what the output includes
+        rest = total - known["input"] - known["output"]  # shows what the output includes
         for part in self.excluded:
             if part != "reasoning" or rest:
                 known[_PART_OF[part]] += known[part]
         output = known["output"]
-        if reasoning and rest == reasoning and "reasoning" not in self.excluded:  # it is not part of the output (xAI)
+        if (
+            reasoning and rest == reasoning and "reasoning" not in self.excluded
+        ):  # reasoning is not part of the output (xAI)
             output += reasoning
         total = max(total, known["input"] + output)
         read, written = known["cache_read"], known["cache_write"]
@@ -1742,7 +1744,7 @@ class Dialect:
         return _without_surrogates(piece)
 
 
-#: finish reasons in the common words, as the vendors write them, in small letters
+#: the common words for the finish reasons of vendors, in lower case
 _FINISH = {
     **dict.fromkeys(("stop", "end_turn", "stop_sequence", "eos_token", "completed"), "stop"),
     **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
@@ -1783,7 +1785,7 @@ class _OpenAI(Dialect):
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
         self._choices = _Choices(choices)
-        self._begun: set[int] = set()  # indexes, as sent, of which something came
+        self._begun: set[int] = set()  # indexes, as sent, that have begun
         self._calls: dict[int, _ToolCalls] = {}  # of each choice
         self._thoughts: dict[int, _Thoughts] = {}  # of each choice
 
@@ -1801,7 +1803,7 @@ class _OpenAI(Dialect):
 
     @classmethod
     def optional(cls, stream: bool) -> dict[str, Any]:
-        # obfuscation is padding against observers of the line, at the price of bytes
+        # obfuscation pads chunks against observers of the connection, and costs bytes
         return {"stream_options": {"include_usage": True, "include_obfuscation": False}} if stream else {}
 
     @classmethod
@@ -1828,7 +1830,7 @@ class _OpenAI(Dialect):
             if type(sent) is not int or sent < 0:
                 sent = _count(sent, position)
             if not isinstance(delta, dict):
-                # one completion instead of a stream; at a stream's end a repetition of all that came
+                # one completion instead of a stream; at the end of a stream, a repetition of the answer
                 delta = _dict(choice.get("message")) if sent not in self._begun else {}
             if delta:
                 self._begun.add(sent)
@@ -1892,7 +1894,7 @@ class _OpenAI(Dialect):
     def _calls_in(self, index: int, sent: int, delta: dict[str, Any]) -> Iterator[ToolCall]:
         calls, parts = self._calls.setdefault(index, _ToolCalls()), delta.get("tool_calls")
         parts = [parts] if isinstance(parts, dict) else _list(parts)  # one object (TGI)
-        if isinstance(delta.get("function_call"), dict):  # what tool_calls were called before
+        if isinstance(delta.get("function_call"), dict):  # the old name of tool_calls
             parts = [*parts, {"function": delta["function_call"]}]
         for position, part in enumerate(parts):
             yield from calls.add(_dict(part), sent, position)
@@ -1905,36 +1907,36 @@ class _OpenAI(Dialect):
                 yield Chunk(index=index, tool_calls=held)
 
     def _vendor(self, index: int) -> dict[str, Any] | None:
-        """The reasoning that a conversation with tools cannot go on without (DeepSeek, OpenRouter, Copilot)"""
+        """The reasoning that a conversation with tools must send back (DeepSeek, OpenRouter, Copilot)"""
         is_needed = index in self._thoughts and self._calls.get(index) and not self._choices.is_provisional
         kept = self._thoughts[index].message() if is_needed else None
         return {self.name: kept} if kept else None
 
 
 class _Choices:
-    """Which choices a stream has, and whether they have ended
+    """The choices of a stream, and whether they have ended
 
-    Where one was requested all are parts of it: an index may count tokens (TGI), a tool call may have a choice of its
-    own (Copilot). But two that carry text at the same time are two answers, and choice 0 is the one.
+    Where one choice was requested, all are parts of it: an index may count tokens (TGI), a tool call may have a choice
+    of its own (Copilot). But two choices with text at the same time are two answers, and choice 0 is the one.
     """
 
     def __init__(self, requested: int, may_count: bool = True) -> None:
         self.are_apart = requested != 1
-        self._counts = may_count  # whether the indexes may be those of tokens: each larger than the one before it
-        #: those that have had no finish reason, in our numbers
+        self._counts = may_count  # whether the indexes may count tokens: each is larger than the one before
+        #: choices without a finish reason, in our numbers
         self.open = set(range(requested))
         self._ended: set[int] = set()
         self._last = -1  # the last index
-        self._speaking: set[int] = set()  # the indexes that have had text
-        #: the index of which more of the same says nothing new of the others
+        self._speaking: set[int] = set()  # the indexes with text
+        #: an index that may come again without any change here
         self.settled: int | None = None
-        #: whether a finish reason was followed by more: then it ends nothing, and only the end marker counts
+        #: whether pieces followed a finish reason: then only the end marker counts
         self.is_provisional = False
-        #: whether all have their finish reason, and whether that is final
+        #: whether all choices have a finish reason, and whether that is final
         self.finished = self.whole = False
 
     def note(self, texts: Sequence[tuple[int, str]]) -> None:
-        """Notes the choices of one event: their indexes, as they were sent, and their texts"""
+        """Counts the choices of one event: their indexes, as sent, and their texts"""
         indexes = [sent for sent, _ in texts]
         speaking = {sent for sent, text in texts if text}
         is_next = len(indexes) == 1 and indexes[0] > self._last and not self._ended
@@ -1950,7 +1952,7 @@ class _Choices:
         return sent if self.are_apart else 0
 
     def end(self, index: int, reason: str | None, says: bool) -> None:
-        """Notes whether a piece ends its choice, or comes after its end"""
+        """Counts a piece, which may end its choice or come after its end"""
         self.is_provisional = self.is_provisional or (says and index in self._ended)
         if reason:
             self._ended.add(index)
@@ -1962,22 +1964,22 @@ class _Choices:
 
 
 class _OpenCall:
-    """A tool call as far as it came"""
+    """A tool call that is being received"""
 
-    #: how often its arguments are looked at for being whole: a text may hold many braces
+    #: how often arguments are tested for being whole: a text may hold many braces
     _TRIES = 16
 
     def __init__(self, index: int, id: str = "", name: str = "") -> None:
         self.index, self.id, self.name = index, id, name
-        #: an empty object, held back: it is all the arguments, or stands for those to come (Bedrock)
+        #: an empty object, held back: it is all the arguments, or a placeholder before them (Bedrock)
         self.held = ""
         self._arguments: list[str] = []
         self._tries = 0
 
     def take(self, arguments: str, name: str = "", is_text: bool = False) -> str | None:
-        """What arguments add to those that came; None where they begin another call
+        """The new part of arguments; None where they begin another call
 
-        ``is_text`` says that they are free text, and no JSON.
+        ``is_text`` says that the arguments are free text, not JSON.
         """
         is_renamed = bool(name and self.name and name != self.name)
         if arguments.lstrip()[:1] == "{" and not (is_renamed or is_text):
@@ -1985,7 +1987,7 @@ class _OpenCall:
                 self.held = arguments
                 return ""
             whole = self._whole()
-            if whole is not None:  # they are repeated, or belong to a call that has neither id nor index of its own
+            if whole is not None:  # a repetition, or a call without id and index
                 return "" if _json(arguments) == whole else None
         if is_renamed:
             return None
@@ -1995,7 +1997,7 @@ class _OpenCall:
         return arguments
 
     def _whole(self) -> Any:
-        """The arguments, where they are a whole object already; else None"""
+        """The arguments as JSON, if they are a whole object; else None"""
         if not self._arguments or self._arguments[-1].rstrip()[-1:] != "}" or self._tries >= self._TRIES:
             return None
         self._tries += 1
@@ -2003,27 +2005,27 @@ class _OpenCall:
         return whole if isinstance(whole, dict) else None
 
     def end(self) -> str:
-        """What was held back"""
+        """The arguments that were held back"""
         held, self.held = self.held, ""
         return held
 
 
 class _ToolCalls:
-    """The tool calls of one answer, from parts of them in whatever way a server sends these"""
+    """The tool calls of one answer, from parts as servers send them"""
 
     def __init__(self) -> None:
         self._count = 0
         self._by_id: dict[str, _OpenCall] = {}
-        self._at: dict[tuple[int, int], _OpenCall] = {}  # by choice and index, as they were sent
+        self._at: dict[tuple[int, int], _OpenCall] = {}  # by choice and index, as sent
         self._last: dict[int, _OpenCall] = {}  # of each choice
-        self._held: dict[int, _OpenCall] = {}  # those that may hold something back
+        self._held: dict[int, _OpenCall] = {}  # calls that may hold back arguments
 
     def __len__(self) -> int:
         return self._count
 
     def add(self, part: dict[str, Any], choice: int, position: int) -> Iterator[ToolCall]:
-        """What a part brings: the beginning of a call, more of one, or nothing new"""
-        function = _dict(part.get("function")) or _dict(part.get("custom"))  # the latter has free text for input
+        """The new part of a call: its beginning, more of it, or nothing"""
+        function = _dict(part.get("function")) or _dict(part.get("custom"))  # a custom tool takes free text
         id, name = _text(part.get("id")), _text(function.get("name"))
         arguments = _arguments_text(function.get("arguments") or function.get("input"))
         if not (id or name or arguments):
@@ -2032,7 +2034,7 @@ class _ToolCalls:
         call = self._found(place, id, name)
         new = None if call is None else call.take(arguments, name, is_text)
         if call is None or new is None:
-            if call is not None:  # it may have the id and the name of the one before it
+            if call is not None:  # the new call may share id and name with the one before
                 id, name = id or ("" if name else call.id), name or call.name
             call = _OpenCall(self._count)
             self._count += 1
@@ -2048,19 +2050,19 @@ class _ToolCalls:
     def _found(self, place: tuple[int, int], id: str, name: str) -> _OpenCall | None:
         """The call that a part may belong to"""
         call = self._at.get(place)
-        if id:  # with another id it is another call: some servers send index 0 for all
+        if id:  # another id means another call: some servers send index 0 for all
             return self._by_id.get(id) or (call if call is not None and not call.id else None)
         return call if call is not None or name else self._last.get(place[0])  # some count the parts
 
     def end(self) -> Iterator[ToolCall]:
-        """What was held back"""
+        """The arguments that were held back"""
         for call in self._held.values():
             held = call.end()
             if held:
                 yield ToolCall(call.index, arguments=held)
 
 
-#: where each count may stand in a usage
+#: the members of a usage that may hold each count
 _COUNTS = {
     "input": ("prompt_tokens", "input_tokens", "promptTokenCount", "prompt_eval_count"),
     "output": ("completion_tokens", "output_tokens", "candidatesTokenCount", "eval_count"),
@@ -2094,12 +2096,12 @@ _COUNTS = {
 
 
 _COUNT_AT = {place: name for name, places in _COUNTS.items() for place in places}
-#: which count the others are parts of
+#: the whole that a count is part of
 _PART_OF = {"cache_read": "input", "cache_write": "input", "reasoning": "output"}
 
 
 def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]:
-    """The counts of a usage, by the names of _COUNTS, and its cost; what is no count is missing"""
+    """The counts of a usage, by the names of _COUNTS, and its cost; invalid counts are left out"""
     counts: dict[str, Any] = {}
     wholes = {_PART_OF[part] for part in excluded}
     places = list(wire.items())
@@ -2110,13 +2112,13 @@ def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]
         name = _COUNT_AT.get(place, "")
         count = _count(value, -1) if name else -1
         if count >= 0:
-            if name in counts:  # the larger of two has more in it
+            if name in counts:  # the larger of two includes more
                 count = (min if name in wholes else max)(counts[name], count)
             counts[name] = count
-    extra = _count(wire.get("toolUsePromptTokenCount"))  # Gemini counts it beside the input
+    extra = _count(wire.get("toolUsePromptTokenCount"))  # Gemini counts these beside the input
     if extra:
         counts["input"] = counts.get("input", 0) + extra
-    if "cache_creation" in wire and "cache_write" not in counts:  # Anthropic, by how long it is kept
+    if "cache_creation" in wire and "cache_write" not in counts:  # Anthropic, by time of storage
         kept = sum(map(_count, _dict(wire["cache_creation"]).values()))
         counts.update({"cache_write": kept} if kept else {})
     money = _money(wire["cost"]) if "cost" in wire else None  # OpenRouter; Perplexity's is an object
@@ -2124,7 +2126,7 @@ def _counts_in(wire: dict[str, Any], excluded: frozenset[str]) -> dict[str, Any]
 
 
 class _Part:
-    """A part of an answer in the vendor's shape, put together from the pieces it came in"""
+    """A part of an answer in the shape of the vendor, put together from its pieces"""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = dict(fields)
@@ -2138,7 +2140,7 @@ class _Part:
         self._texts[name].add(piece)
 
     def gather(self, name: str, item: Any) -> None:
-        """One more item of a field that is a list"""
+        """One more item of a list"""
         self._items.setdefault(name, []).append(item)
 
     def has_more(self, name: str) -> bool:
@@ -2149,7 +2151,7 @@ class _Part:
         self._fields.update(fields)
 
     def get(self, name: str) -> Any:
-        """A field, as far as it came in one"""
+        """The first value of a field"""
         return self._fields.get(name)
 
     def whole(self) -> dict[str, Any]:
@@ -2159,14 +2161,14 @@ class _Part:
 
 
 class _Content(NamedTuple):
-    """What the parts of a content say, by kind"""
+    """The text of a content, by kind"""
 
     text: str = ""
     reasoning: str = ""
     refusal: str = ""
 
 
-#: the kinds of content parts whose text is no text of the answer
+#: kinds of content parts that are not text of the answer
 _PART_KINDS = {
     **dict.fromkeys(("reasoning", "thinking", "reasoning_text", "reasoning_content", "summary_text"), "reasoning"),
     "refusal": "refusal",
@@ -2186,7 +2188,7 @@ def _content(content: Any) -> _Content:
 
 
 def _part_text(part: Any, depth: int = 3) -> str:
-    """The text of a part, in whatever member it stands"""
+    """The text of a part, in any of its members"""
     if isinstance(part, list) and depth:
         return "".join([_part_text(each, depth - 1) for each in part])
     if not isinstance(part, dict) or not depth:
@@ -2204,20 +2206,20 @@ def _utf_16(text: str) -> bytes:
 
 
 def _rest(whole: str, came: str) -> str | None:
-    """What a text has beyond the beginning that came, be it half a character; None where it begins otherwise"""
+    """The rest of a text after the beginning that came, perhaps half a character; None for another beginning"""
     begin = _utf_16(came)
     rest = _utf_16(whole)
     return rest[len(begin) :].decode("utf-16-le", "surrogatepass") if rest.startswith(begin) else None
 
 
-#: where a delta has reasoning, or what is to be sent back of it
+#: members of a delta with reasoning, or with reasoning to be sent back
 _REASONING_MEMBERS = frozenset(
     ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details", "reasoning_opaque")
 )
 
 
 def _reasoning(delta: dict[str, Any]) -> str:
-    """The reasoning in a delta, once: some send the same under two names"""
+    """The reasoning of a delta, once: some servers send it under two names"""
     for name in ("reasoning_content", "reasoning", "reasoning_text", "reasoning_details"):
         if delta.get(name):
             reasoning = _part_text(delta[name])
@@ -2227,7 +2229,7 @@ def _reasoning(delta: dict[str, Any]) -> str:
 
 
 class _Thoughts:
-    """The reasoning of one choice, in the words in which it is to be sent back"""
+    """The reasoning of one choice, in the shape in which it is sent back"""
 
     def __init__(self) -> None:
         self._content: list[str] = []
@@ -2260,7 +2262,7 @@ class _Thoughts:
 
 
 def _new_call(id: str, name: str, arguments: str, calls: dict[Any, ToolCall]) -> Iterator[ToolCall]:
-    """A call that came whole, unless it came before under its id"""
+    """A whole call, unless a call with its id came before"""
     key = (id, name, arguments) if id else len(calls)
     if key not in calls:
         calls[key] = ToolCall(len(calls), id, name, arguments)
@@ -2268,11 +2270,11 @@ def _new_call(id: str, name: str, arguments: str, calls: dict[Any, ToolCall]) ->
 
 
 def _arguments_text(value: Any) -> str:
-    """Arguments as text, which some send as an object"""
+    """Arguments as text; some servers send an object"""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else _text(value)
 
 
-# What a server sends may be anything: each of these gives its type, or the type's nothing
+# Coerce untrusted JSON: return the value if it has the type, else an empty one
 
 
 def _text(value: Any) -> str:
@@ -2305,11 +2307,11 @@ def _money(value: Any) -> Decimal | None:
     return Decimal(repr(value))
 
 
-# Requests to vendors with a shape of their own: what OpenAI's messages, tools and options are called there
+# Requests in the shape of other vendors, from OpenAI's messages, tools and options
 
 
 def _kept(message: Mapping[str, Any], dialect: str) -> Any:
-    """What an answer of the same dialect kept for the time that it is sent back, or None"""
+    """The parts that an answer of the same dialect kept to be sent back, or None"""
     return _dict(message.get("vendor")).get(dialect)
 
 
@@ -2329,7 +2331,7 @@ def _is_result(message: Mapping[str, Any]) -> bool:
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:
-    """Whether a message is an answer that said nothing, which the vendors refuse to be sent"""
+    """Whether a message is an empty answer, which vendors refuse"""
     if message.get("role") != "assistant":
         return False
     return not (message.get("content") or message.get("parts") or message.get("tool_calls") or message.get("vendor"))
@@ -2348,7 +2350,7 @@ def _plain_text(content: Any) -> str:
 
 
 def _result_text(content: Any) -> str:
-    """The content of a tool's result, where the vendor takes text alone"""
+    """The content of a tool result, where the vendor takes only text"""
     if any(_dict(part).get("type") != "text" for part in _parts(content)):
         raise InvalidRequestError(
             "the result of a tool call can only be text here: put images into a message of the user"
@@ -2381,7 +2383,7 @@ def _image(part: Any) -> _Image | None:
 
 
 def _function_of(tool: Any) -> dict[str, Any] | None:
-    """The function of a tool or a tool choice in OpenAI's shape, or None where it has another"""
+    """The function of a tool or a tool choice in OpenAI's shape; None for another shape"""
     function = (
         tool.get("function") if isinstance(tool, Mapping) and tool.get("type", "function") == "function" else None
     )
@@ -2412,7 +2414,7 @@ def _arguments_of(call: ToolCall) -> Any:
 
 
 class _OpenCalls:
-    """The tool calls of a conversation, which its results belong to by id, else by name, else in order"""
+    """The open tool calls of a conversation; a result belongs to a call by id, else by name, else in order"""
 
     def __init__(self) -> None:
         self._open: list[ToolCall] = []
@@ -2431,7 +2433,7 @@ class _OpenCalls:
 
 
 def _identified(messages: Sequence[Any]) -> list[Any]:
-    """The same messages, but no tool call is without an id: Gemini gives none, and others cannot do without"""
+    """The same messages, with an id for each tool call: Gemini gives none, and other vendors need one"""
     calls = _OpenCalls()
     identified = []
     for position, message in enumerate(messages):
@@ -2450,13 +2452,13 @@ def _identified(messages: Sequence[Any]) -> list[Any]:
 
 
 def _moved(params: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Takes options out of ``params`` and gives them under the vendor's names; None counts as not given"""
+    """Takes options out of ``params`` and returns them by the names of the vendor; None counts as not passed"""
     given = {other: params.pop(name) for name, other in names.items() if name in params}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _same(names: str) -> dict[str, str]:
-    """Names of options that are the same at the vendor"""
+    """Options with the same name at the vendor"""
     return {name: name for name in names.split()}
 
 
@@ -2466,7 +2468,7 @@ def _either(params: dict[str, Any], *names: str) -> Any:
 
 
 def _as_list(value: Any, single: type | tuple[type, ...] = str) -> Any:
-    """A list of what may be given alone"""
+    """A list, of a value that may be passed alone"""
     return [value] if isinstance(value, single) else value or []
 
 
@@ -2490,16 +2492,16 @@ class _Anthropic(Dialect):
         "input_json_delta": "partial_json",
         "compaction_delta": "content",
     }
-    #: what is asked for where the caller does not say, since something must be: all models since 3.5 can do it
+    #: max_tokens is required; this default suits all models since 3.5
     _MAX_TOKENS = 8192
     _TOOL_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
 
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
-        self._id: str | None = None  # of the message that has begun
+        self._id: str | None = None  # of the open message
         self._blocks: list[_Part] = []
-        self._open: dict[int, _Part] = {}  # the last block of each index: some proxies send none, which is 0
-        self._calls: dict[int, _OpenCall] = {}  # the tool call that the block of an index is
+        self._open: dict[int, _Part] = {}  # the last block of each index; without an index it is 0
+        self._calls: dict[int, _OpenCall] = {}  # tool calls, by index of their block
         self._call_count = 0
         self._container = ""
         self._event_kinds: dict[str, Callable[[dict[str, Any], Chunk], list[Chunk]]] = {
@@ -2555,7 +2557,7 @@ class _Anthropic(Dialect):
     def _turns(cls, messages: list[Mapping[str, Any]]) -> list[Any]:
         turns: list[Any] = []
         for are_results, group in itertools.groupby(messages, _is_result):
-            if are_results:  # those of one answer's calls belong into one message
+            if are_results:  # all results for one answer belong into one message
                 turns.append({"role": "user", "content": list(map(cls._result, group))})
             else:
                 turns.extend(cls._turn(message) for message in group if not _is_empty(message))
@@ -2616,9 +2618,9 @@ class _Anthropic(Dialect):
 
     def chunks(self, event: ServerSentEvent) -> list[Chunk]:
         payload = self.load(event)
-        if payload is None:  # also [DONE], which some proxies send in place of message_stop
+        if payload is None:  # also for [DONE], which some proxies send instead of message_stop
             return []
-        # a message is known by its type alone: any event without a name has this one
+        # "message" is also the name of events without a name
         kind = _text(payload.get("type")) or (event.event if event.event != "message" else "")
         read = self._event_kinds.get(kind)
         if read is None or event.event == "error" or not _ERROR_MEMBERS.isdisjoint(payload):
@@ -2648,11 +2650,11 @@ class _Anthropic(Dialect):
         self._open[index] = _Part(block)
         self._blocks.append(self._open[index])
         self._calls.pop(index, None)
-        # what a call has for input here is all, unless more comes
+        # the input of a call counts at its end, and only where no more follows
         return self._block(index, {**block, "input": None}, named)
 
     def _block(self, index: int, block: dict[str, Any], named: Chunk) -> list[Chunk]:
-        """What a block holds already, as it begins or whole"""
+        """The chunk of a block, at its beginning or whole"""
         kind = block.get("type")
         if kind == "tool_use":
             self._calls[index] = _OpenCall(self._call_count)
@@ -2724,7 +2726,7 @@ class _Anthropic(Dialect):
             return named
         self.finished = True
         pause = {"content": blocks, **({"container": self._container} if self._container else {})} if blocks else None
-        # text alone can be told by the text
+        # text alone needs no blocks
         kept = blocks if blocks and any(block.get("type") != "text" for block in blocks) else None
         return named._replace(
             finish_reason=reason,
@@ -2742,25 +2744,25 @@ class _Anthropic(Dialect):
                 block["input"] = _json(text)
             if block.get("input") is _NO_JSON:
                 return None
-            if "type" in block and (block["type"] != "text" or block.get("text")):  # an empty text is refused
+            if "type" in block and (block["type"] != "text" or block.get("text")):  # Anthropic refuses an empty text
                 blocks.append(block)
         return blocks
 
 
 class _Parts:
-    """The parts of a candidate as they came, but for texts that came in pieces"""
+    """The parts of a candidate as received, with pieces of text joined"""
 
     def __init__(self) -> None:
         self._whole: list[_Part] = []
-        self._beside: dict[str, Any] | None = None  # what is said beside the text that the last part is
-        #: whether they say more than a text does
+        self._beside: dict[str, Any] | None = None  # the other members of the last part, which is a text
+        #: whether the parts hold more than text
         self.are_special = False
 
     def extend(self, parts: Iterable[dict[str, Any]]) -> None:
         for part in parts:
             beside = {name: value for name, value in part.items() if name != "text"}
             self.are_special = self.are_special or bool(beside)
-            if "text" not in part or "thoughtSignature" in part:  # what is signed must come back as it was
+            if "text" not in part or "thoughtSignature" in part:  # a signed part must be sent back unchanged
                 self._whole.append(_Part(part))
                 self._beside = None
             elif part["text"]:
@@ -2784,10 +2786,10 @@ class _Gemini(Dialect):
     excluded = frozenset({"reasoning"})
     roots = ("/v1beta", "/v1alpha", "/v1")
 
-    #: Gemini 3 wants its signature at the first call of an answer; this says that the call is not its own
+    #: Gemini 3 wants its signature at the first call of an answer; this marks a call of another model
     _FOREIGN = "skip_thought_signature_validator"
     _TOOL_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
-    #: where OpenAI's options and Ollama's belong in generationConfig
+    #: the names in generationConfig for options of OpenAI and Ollama
     _CONFIG_NAMES: Mapping[str, str] = {
         "max_tokens": "maxOutputTokens",
         "max_completion_tokens": "maxOutputTokens",
@@ -2809,7 +2811,7 @@ class _Gemini(Dialect):
         self._choices = _Choices(choices, may_count=False)
         self._whole: dict[int, _Parts] = {}  # of each candidate
         self._calls: dict[int, dict[Any, ToolCall]] = {}  # of each candidate
-        self._token: Any = None  # the last that a pause could be continued by
+        self._token: Any = None  # the last continuationToken
 
     @classmethod
     def url(cls, base_url: str, model: str, stream: bool) -> str:
@@ -2862,7 +2864,7 @@ class _Gemini(Dialect):
         contents: list[Any] = []
         calls = _OpenCalls()
         for are_results, group in itertools.groupby(messages, _is_result):
-            if are_results:  # those of one answer's calls belong into one content
+            if are_results:  # all results for one answer belong into one content
                 parts = [cls._result(message, calls.answered(message)) for message in group]
                 contents.append({"role": "user", "parts": parts})
                 continue
@@ -2989,7 +2991,7 @@ class _Gemini(Dialect):
             return chunk
         pause = {"continuationToken": self._token} if self._token else None
         finish = self.finish(reason, self._calls[index], pause=pause)
-        is_last = not self._choices.is_provisional  # else it is put together again with each chunk
+        is_last = not self._choices.is_provisional  # else each chunk would hold all parts
         kept = {self.name: whole.parts()} if whole.are_special and is_last else None
         return chunk._replace(finish_reason=reason, finish=finish, vendor=kept)
 
@@ -3023,8 +3025,8 @@ class _Responses(Dialect):
     compares = True
 
     _TERMINAL = frozenset({f"response.{status}" for status in ("completed", "incomplete", "failed", "cancelled")})
-    #: the kinds of events that bring text, each as ``.delta`` and whole as ``.done``: what text it is, and where it
-    #: stands when it is done
+    #: kinds of events with text, as ``.delta`` and, whole, as ``.done``: the field of the Chunk, and the member of the
+    #: whole text
     _TEXTS = {
         "response.output_text": ("text", "text"),
         "response.refusal": ("refusal", "refusal"),
@@ -3039,12 +3041,12 @@ class _Responses(Dialect):
         self._number: int | None = None  # of the last event
         self._last: dict[str, Any] = {}
         self._named = False
-        # by output_index, or by the item's id where there is none
+        # by output_index, else by the id of the item
         self._calls: dict[Any, _OpenCall] = {}
-        self._thoughts: dict[Any, tuple[str, int]] = {}  # which kind of reasoning is returned, and which part of it
+        self._thoughts: dict[Any, tuple[str, int]] = {}  # the kind of reasoning that is returned, and its part
         self._items: dict[Any, dict[str, Any]] = {}
-        self._open: Any = ""  # the item that the last event was of
-        self._said: dict[tuple[str, Any, int], _Text] = {}  # the texts that came, by kind, output_index and part
+        self._open: Any = ""  # the item of the last event
+        self._said: dict[tuple[str, Any, int], _Text] = {}  # texts received, by kind, output_index and part
         self.event_names = self.event_names.union(self._TERMINAL, (f"{kind}.delta" for kind in self._TEXTS))
 
     # Requests
@@ -3055,7 +3057,7 @@ class _Responses(Dialect):
         limit = _moved(params, {"max_tokens": "max_output_tokens", "max_completion_tokens": "max_output_tokens"})
         body = {
             "model": model,
-            # reasoning that is neither stored there nor sent along cannot be found
+            # the service cannot find reasoning that is neither stored nor sent along
             "input": [
                 item
                 for message in _identified(_checked_messages(messages))
@@ -3076,7 +3078,7 @@ class _Responses(Dialect):
 
     @classmethod
     def _input(cls, message: Mapping[str, Any]) -> list[Any]:
-        """The items that a message is"""
+        """The items for a message"""
         if "type" in message:  # one already
             return [message]
         content = message.get("content")
@@ -3109,7 +3111,7 @@ class _Responses(Dialect):
     @staticmethod
     def _tool(tool: Any) -> Any:
         function = _function_of(tool)
-        # strict is the usual here, and is not in Chat Completions
+        # strict is the default here, unlike in Chat Completions
         return tool if function is None else {"type": "function", "strict": False, **function}
 
     # Answers
@@ -3168,7 +3170,7 @@ class _Responses(Dialect):
         return urlunsplit(parts._replace(query="&".join(filter(None, query))))
 
     def _is_repeated(self, payload: dict[str, Any]) -> bool:
-        """Whether an event came before; StreamInterrupted where some between are missing"""
+        """Whether an event came before; StreamInterrupted where events between are missing"""
         number, last = payload.get("sequence_number"), self._last
         if not isinstance(number, int):
             return False
@@ -3177,7 +3179,7 @@ class _Responses(Dialect):
         if self._number is None or number > self._number:
             self._number, self._last = number, payload
             return False
-        # one number for different events is a server's that does not count
+        # a server that does not count sends one number for different events
         is_another = number == self._number and self._without_padding(payload) != self._without_padding(last)
         self._last = payload if is_another else last
         return not is_another
@@ -3207,10 +3209,10 @@ class _Responses(Dialect):
             yield named
 
     def _piece(self, base: str, index: Any, number: int, text: str, is_whole: bool, named: Chunk) -> Iterator[Chunk]:
-        """A piece of text, or what a whole has beyond the pieces that came"""
+        """A piece of text, or the rest of a whole text after its pieces"""
         field, call = self._TEXTS[base][0], self._calls.get(index)
         if field == "arguments" and call is None:
-            return  # its item has them too
+            return  # the item has them too
         place = (field if field == "arguments" else base, index, number)
         said = self._said.setdefault(place, _Text())
         if is_whole:
@@ -3225,7 +3227,7 @@ class _Responses(Dialect):
         if field == "arguments" and call is not None:
             yield named._replace(tool_calls=(ToolCall(call.index, arguments=text),))
         elif field == "reasoning":
-            # an item's summary or its whole text, not both; parts of it are paragraphs
+            # either the summary of an item or its whole text; its parts are paragraphs
             first, before = self._thoughts.setdefault(index, (base, number))
             if first == base:
                 self._thoughts[index] = (base, number)
@@ -3234,7 +3236,7 @@ class _Responses(Dialect):
             yield _chunk_with(named, field, text)
 
     def _parts(self, index: Any, parts: Iterable[Any], first: int, named: Chunk) -> Iterator[Chunk]:
-        """What is new in whole parts of an item"""
+        """The new text in whole parts of an item"""
         for number, part in enumerate(map(_dict, parts), first):
             kind = _text(part.get("type"))
             base = "response.reasoning_summary_text" if kind == "summary_text" else f"response.{kind}"
@@ -3242,7 +3244,7 @@ class _Responses(Dialect):
                 yield from self._piece(base, index, number, _text(part.get(self._TEXTS[base][1])), True, named)
 
     def _item(self, index: Any, item: dict[str, Any], is_whole: bool, named: Chunk) -> Iterator[Chunk]:
-        """A tool call as it begins, or what is new in an item as it ends"""
+        """A tool call at its beginning, or the new text of an item at its end"""
         kind = _text(item.get("type"))
         if kind in ("function_call", "custom_tool_call"):
             if index not in self._calls:
@@ -3267,7 +3269,7 @@ class _Responses(Dialect):
             yield from self._parts(index, content, 0, named)
 
     def _ended(self, kind: str, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
-        """The last chunks of an answer, and the error where it is one"""
+        """The last chunks of an answer; raises the error of a failed one"""
         inner = _text(response.get("status"))
         status = inner if inner in ("failed", "incomplete", "cancelled") else kind
         if status == "cancelled":
@@ -3290,9 +3292,9 @@ class _Responses(Dialect):
             raise _stream_error(error or _Reported("it failed, and does not say why"))
 
     def _missing(self, items: list[dict[str, Any]], named: Chunk) -> Iterator[Chunk]:
-        """What the whole answer has and its pieces had not"""
+        """The parts of the whole answer that its pieces lacked"""
         said = {field: self._all_said(field) for field in ("text", "refusal", "reasoning")}
-        indexes = {call.id: index for index, call in self._calls.items()}  # which the whole may count otherwise
+        indexes = {call.id: index for index, call in self._calls.items()}  # the whole may count them differently
         for position, item in enumerate(items):
             kind, id = item.get("type"), _text(item.get("call_id"))
             if kind in ("function_call", "custom_tool_call"):
@@ -3311,7 +3313,7 @@ class _Responses(Dialect):
                 yield _chunk_with(named, field, rest)
 
     def _all_said(self, field: str) -> str:
-        """All pieces of a kind together, in the order of their items"""
+        """All pieces of a kind, joined in the order of their items"""
         places = [place for place in self._said if self._TEXTS.get(place[0], ("", ""))[0] == field]
         if all(isinstance(index, int) for _, index, _ in places):
             places.sort(key=lambda place: place[1:])
@@ -3359,7 +3361,7 @@ class _Ollama(Dialect):
 
     @classmethod
     def endpoint(cls, base_url: str, path: str) -> str:
-        # /v1 is where Ollama speaks as OpenAI does, and a habit
+        # many users write /v1, where Ollama has the API of OpenAI
         parts = urlsplit(base_url)
         base = re.sub(r"/v1/*$", "", parts.path)
         return super().endpoint(urlunsplit(parts._replace(path=base)), path)
@@ -3475,13 +3477,13 @@ DIALECTS: dict[str, type[Dialect]] = {kind.name: kind for kind in (_OpenAI, _Res
 def iter_chunks(
     events: Iterable[ServerSentEvent], dialect: str | type[Dialect] = "auto", *, choices: int | None = None
 ) -> Iterator[Chunk]:
-    """What a stream of events says, in the words of a dialect
+    """The Chunks of a stream of events, by a dialect
 
-    Events may be ours or those of sseclient-py. Raises StreamError for an error event,
-    InvalidStreamError for data that cannot be read, StreamInterrupted where the events end without the end
-    marker; each has what came before in ``partial``. ``"auto"`` tells the dialect by the first event that says
-    anything. ``choices`` is how many were requested (``n``): each must have its end. Where one was, all that the stream
-    has are parts of one answer; None is not known, and keeps apart what has different indexes.
+    Events may be ours or those of sseclient-py. Raises StreamError for an error event, InvalidStreamError for invalid
+    data, and StreamInterrupted where the events end without the end marker; ``partial`` holds all Chunks before.
+    ``"auto"`` detects the dialect by the first events. ``choices`` is how many were requested (``n``): each must have
+    its end. With 1, all choices of the stream are parts of one answer; None, for unknown, keeps choices with different
+    indexes apart.
     """
     kind = None if dialect == "auto" else _dialect(dialect)
     return _folded(_parsed_as_told(iter(events), kind, choices), _Answer())
@@ -3502,7 +3504,7 @@ def _parsed_as_told(
 
 
 def _told(event: ServerSentEvent) -> type[Dialect] | None:
-    """The dialect of an event; openai for an error, or what is no JSON, and None for what says nothing in any"""
+    """The dialect of an event; openai for an error or other data than JSON, None for an event without meaning"""
     payload = _json(event.data)
     if isinstance(payload, dict):
         for kind in DIALECTS.values():
@@ -3519,7 +3521,7 @@ def _dialect(dialect: str | type[Dialect]) -> type[Dialect]:
 
 
 def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect) -> Iterator[Chunk]:
-    """The chunks of events, to the end that the dialect knows"""
+    """The chunks of events, up to the end of the answer"""
     try:
         for event in events:
             yield from dialect.read(event)
@@ -3528,12 +3530,12 @@ def _parsed(events: Iterable[ServerSentEvent], dialect: Dialect) -> Iterator[Chu
         yield from dialect.last(not dialect.done)
         dialect.require_whole()
     except (InvalidStreamError, StreamInterrupted, StreamTimeout):
-        if not dialect.whole:  # else only the usage is lost, or the way the connection ends
+        if not dialect.whole:  # else only the usage or the end of the connection is lost
             raise
 
 
 def _folded(chunks: Iterable[Chunk], answer: _Answer) -> Iterator[Chunk]:
-    """The same chunks, each folded into ``answer`` before it is given out"""
+    """The same chunks, each folded into ``answer`` before it is returned"""
     try:
         for chunk in chunks:
             answer.add(chunk)
@@ -3550,15 +3552,15 @@ def _set_partial(error: SheepError, answer: _Answer, events: Sequence[Sequence[A
 
 
 class _Reported(NamedTuple):
-    """What an error object says, whichever vendor's shape it has"""
+    """An error object of any vendor"""
 
     message: str
     code: str | int | None = None
     type: str = ""
-    #: the parts that Gemini and Anthropic put beside the message
+    #: further parts, beside the message, of Gemini and Anthropic
     details: Any = None
     request_id: str = ""
-    #: what it holds of HTTP statuses, wherever they stand
+    #: HTTP statuses in any of its members
     statuses: frozenset[int] = frozenset()
 
     @property
@@ -3574,24 +3576,24 @@ class _Reported(NamedTuple):
         return not re.search(_LASTING, words) and re.search(_BUSY, f"{words} {self.message}") is not None
 
 
-#: what an event that reports an error has one of, where neither its name nor its type says so, nor that it is all
+#: members of an event that reports an error, where neither its name nor its type says so
 _ERROR_MEMBERS = frozenset(
     ("error", "errors", "error_message", "error_msg", "errorMessage", "detail", "base_resp")
     + ("code", "error_code", "errorCode", "status_code", "status", "statusCode")
     + ("http_code", "http_status", "raw_status_code")
 )
-#: where servers put an error's words, its code, and the HTTP status that it would have had
+#: members with the message of an error, its code, and its HTTP status
 _MESSAGES = ("message", "detail", "msg", "error_message", "error_msg", "errorMessage", "status_msg", "error", "errors")
 _CODES = ("code", "error_code", "errorCode", "status_code")
 _STATUSES = (*_CODES, "status", "statusCode", "http_code", "http_status", "raw_status_code")
-#: codes and words that say that nothing is wrong
+#: codes and words of success
 _GOOD = re.compile(r"(?i)(0|2\d\d|20000|ok|success|none|null|false)?$")
-#: MiniMax's codes of failures that may pass, as the HTTP statuses that they mean
+#: MiniMax's codes of failures that may pass, as HTTP statuses
 _MINIMAX = {"1000": 500, "1001": 408, "1002": 429}
 
 
 def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
-    """The error in an answer or an event, or None; ``certain`` where it must be one whatever its shape"""
+    """The error in an answer or an event, or None; ``certain`` says that any shape is an error"""
     if isinstance(payload, list):  # Gemini sends an array of one
         payload = payload[0] if payload else None
     if not isinstance(payload, dict):
@@ -3624,7 +3626,7 @@ def _reported_error(payload: Any, certain: bool = False) -> _Reported | None:
 
 
 def _error_object(payload: dict[str, Any], certain: bool) -> dict[str, Any] | None:
-    """The part of a payload that says what went wrong, None where nothing did"""
+    """The part of a payload that describes an error, or None"""
     named = payload.get("error") or payload.get("errors")
     if isinstance(named, list) and named:
         named = named[0]
@@ -3652,13 +3654,13 @@ def _error_object(payload: dict[str, Any], certain: bool) -> dict[str, Any] | No
 
 
 def _is_success(error: dict[str, Any]) -> bool:
-    """Whether a code says that nothing is wrong, and no message says that something is"""
+    """Whether a code means success, and no message means an error"""
     codes = [error[name] for name in _CODES if name in error]
     return bool(codes) and not any(map(_is_bad, codes)) and _GOOD.match(_error_message(error)) is not None
 
 
 def _is_bad(code: Any) -> bool:
-    """Whether a code is one, and says that something is wrong"""
+    """Whether a value is a code, and means an error"""
     return _code(code) is not None and not _GOOD.match(str(code))
 
 
@@ -3683,14 +3685,14 @@ def _code(value: Any) -> str | int | None:
     return value if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "" else None
 
 
-#: how the vendors call failures of theirs that may pass, in the code or the type of an error
+#: codes and types of errors that may pass
 _PASSING = (
     r"(?i)server_error|internal|overloaded|unavailable|timeout|timed_out|rate_limit|too_many_requests|api_error"
     r"|exhausted|network_error|abort|insufficient_system_resource"
 )
-#: the same in any words
+#: messages of errors that may pass
 _BUSY = r"(?i)throttl|overload|rate.?limit|too.?many.?requests|\b(at|over) capacity"
-#: how they call what another attempt does not mend, whatever the message speaks of
+#: codes and types of errors that another attempt does not mend, whatever their message
 _LASTING = r"(?i)invalid|not_?found|bad_?request|unsupported|permission|auth|forbidden|denied"
 
 
@@ -3705,26 +3707,26 @@ def _stream_error(reported: _Reported) -> StreamError:
     )
 
 
-#: error codes and types that mean money or a quota is spent, which no waiting mends
+#: codes and types that mean a spent quota or balance, which no waiting mends
 _QUOTA_CODES = {
     *("insufficient_quota", "insufficient_user_quota", "billing_hard_limit_reached", "billing_not_active"),
     *("billing_error", "contract_spend_limit_reached", "enforced_spend_limit_reached"),
     *("insufficient_balance_error", "Arrearage"),  # MiniMax, DashScope
 }
-#: the same where no code says so
+#: messages that mean the same
 _QUOTA_MESSAGE = r"(?i)\binsufficient (account )?(balance|credits?|funds)\b"
 _MODEL_CODES = frozenset({"model_not_found", "DeploymentNotFound", "not_found_error", "invalid_model"})
-#: a model that is not there, where no code says so (Gemini, Vertex, Ollama, DeepSeek)
+#: messages that mean a missing model (Gemini, Vertex, Ollama, DeepSeek)
 _MODEL_MESSAGE = r"(?is)\bmodels?\b.*\b(not found|does not exist|not exist)\b|\bnot a valid model\b"
-#: a key refused with another status than 401 (Gemini, xAI)
+#: messages that mean a refused key, with another status than 401 (Gemini, xAI)
 _KEY_MESSAGE = r"(?i)\bAPI_KEY_INVALID\b|\b(incorrect|invalid) api key\b"
-#: a country that the provider does not serve (OpenAI, Gemini, Anthropic)
+#: messages that mean a country that the provider does not serve (OpenAI, Gemini, Anthropic)
 _COUNTRY_MESSAGE = (
     r"(?i)\b(country|region|territory|location)\b[^.;]{0,40}\b(not |un)(supported|available|allowed)\b"
     r"|\b(not |un)(supported|available|allowed)\b[^.;]{0,40}\b(country|region|territory|location)\b"
     r"|\brequest not allowed\b|\bcheck your network settings\b"
 )
-#: how a page begins, and Cloudflare's words in the place of one
+#: the beginning of a page, or Cloudflare's words instead of one
 _PAGE = rb"(?i)\s*(<|error code: 1\d\d\d)"
 
 
@@ -3772,7 +3774,7 @@ _ADVICE: dict[type[SheepError], str] = {
 
 
 def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", where: str = "") -> SheepError:
-    """The error that an answer's status, headers and body mean, in any vendor's shape"""
+    """The error for the status, headers and body of a response, of any vendor"""
     payload = _json(body)
     if payload is _NO_JSON:
         payload = _payload_in_events(body)
@@ -3795,7 +3797,7 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", wh
 
 
 def _payload_in_events(body: bytes) -> Any:
-    """The error in a body that is framed as a stream, or _NO_JSON"""
+    """The error in a body that is an event stream, or _NO_JSON"""
     with contextlib.suppress(InvalidStreamError):
         for event in _decoded([body], _AnswerDecoder()):
             payload = _json(event.data)
@@ -3835,13 +3837,13 @@ def _status_message(
 
 
 def _public_url(url: str) -> str:
-    """A URL without what may be secret in it: user, password, query, fragment"""
+    """A URL without its secrets: user, password, query and fragment"""
     parts = _split_url(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")) or "?"
 
 
 def _url_without_keys(url: str) -> str:
-    """A URL as it tells one server from another: without user, password and what its query has of keys"""
+    """A URL that tells servers apart, without its secrets: user, password and keys in the query"""
     query = [field for field in _split_url(url).query.split("&") if not _KEY_HEADER.search(field.partition("=")[0])]
     return "?".join(filter(None, (_public_url(url), "&".join(query))))
 
