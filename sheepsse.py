@@ -125,12 +125,12 @@ _HAS_READ1 = hasattr(urllib3.HTTPResponse, "read1")  # since urllib3 2.2
 
 
 def _reader(response: requests.Response) -> Callable[[], bytes]:
-    """A function that gives the next bytes of the body as soon as there are any, and b"" at its end"""
+    """A function that returns the next bytes of the body as soon as they arrive, and b"" at its end"""
     raw = response.raw
     if getattr(response, "_content_consumed", False):  # read already, by requests.get() without stream=True
         return _next_of(response.iter_content(_BLOCK))
     if not (isinstance(raw, urllib3.HTTPResponse) and hasattr(raw._fp, "read1")):
-        # another library's, or over a file of its own: a byte at a time is slow, but never late
+        # another library, or a file: single bytes are slow, but never late
         return _next_of(response.iter_content(1))
     if _HAS_READ1:
         return lambda: raw.read1(_BLOCK, decode_content=True)
@@ -142,11 +142,11 @@ def _next_of(blocks: Iterator[bytes]) -> Callable[[], bytes]:
 
 
 class _OldReader:
-    """What read1 does from urllib3 2.2 on, for the versions before it
+    """The read1 of urllib3 2.2, for the versions before
 
-    Their own ways wait: read(n) and stream(n) for n bytes, or for the end of a body that is not chunked. So this
-    takes http.client's read1, and adds what urllib3 adds: its errors, its decoding, the connection's way back to
-    the pool. Content-Length is counted here because 1.26 does not mind a short body.
+    Their read(n) and stream(n) wait for n bytes, or for the end of a body that is not chunked. So this class calls
+    http.client's read1, and adds the errors and the decoding of urllib3, and the return of the connection to the pool.
+    Content-Length is counted here, because 1.26 accepts a short body.
     """
 
     def __init__(self, raw: Any) -> None:
@@ -159,7 +159,7 @@ class _OldReader:
     def __call__(self) -> bytes:
         data = self._read1()
         decoded: bytes = self._raw._decode(data, True, not data)
-        while data and not decoded:  # a part of a compressed block may give nothing yet
+        while data and not decoded:  # a part of a compressed block may decode to nothing
             data = self._read1()
             decoded = self._raw._decode(data, True, not data)
         return decoded
@@ -181,22 +181,22 @@ class _OldReader:
 
 
 def _undecodable(response: requests.Response) -> str:
-    """The encodings of a body that this urllib3 does not decode, but gives as they are; "" where it decodes all"""
+    """The encodings of a body that this urllib3 cannot decode; "" where it decodes all"""
     names = (response.headers.get("Content-Encoding") or "").lower().split(",")
-    known = getattr(response.raw, "CONTENT_DECODERS", None)  # another library's may know more
+    known = getattr(response.raw, "CONTENT_DECODERS", None)  # another library may know more
     return ", ".join(name.strip() for name in names if known and name.strip() not in ("", "identity", *known))
 
 
 def _has_known_end(response: requests.Response) -> bool:
-    """Whether a body that is read to its end without an error is whole for certain"""
+    """Whether a body that was read to its end without an error is known to be whole"""
     return bool(response.headers.get("Content-Length") or getattr(response.raw, "chunked", False))
 
 
 def _shut_down(sock: Any) -> None:
-    """Ends a connection, which ends the recv of another thread; the socket's own methods are left to its reader
+    """Shuts a connection down, which ends the recv of another thread
 
-    By a copy: SSLSocket.shutdown() would let the reader take ciphertext for text, and gevent and eventlet have sockets
-    of their own. What is no socket (that of vcrpy) is left alone.
+    This uses a copy of the socket: SSLSocket.shutdown() would let the reader take ciphertext for text, and gevent and
+    eventlet have sockets of their own. Objects that are no sockets (of vcrpy) are left alone.
     """
     with contextlib.suppress(OSError):  # not connected any more; a closed one of gevent raises it for any attribute
         sock = getattr(sock, "socket", sock)  # TLS inside TLS, pyOpenSSL
@@ -206,7 +206,7 @@ def _shut_down(sock: Any) -> None:
 
 
 def _socket_of(response: requests.Response) -> socket.socket | None:
-    """The socket under a response that another's session made, or None where it cannot be found"""
+    """The socket of a response of a session that was passed; None where it cannot be found"""
     raw = response.raw
     found = getattr(getattr(raw, "_connection", None), "sock", None)
     if found is None:  # with "Connection: close" only the response still holds it
@@ -3853,12 +3853,12 @@ def _url_without_keys(url: str) -> str:
 # ============================================================================================================
 
 
-#: the tokenizers of OpenAI's models, by the beginning of their names: the first that fits
+#: the tokenizers of OpenAI's models by prefixes of their names; the first match counts
 _ENCODINGS = (
     *((name, "o200k_base") for name in ("gpt-4o", "gpt-4.1", "gpt-4.5", "gpt-5", "chatgpt-4o", "o1", "o3", "o4")),
     *((name, "cl100k_base") for name in ("gpt-4", "gpt-3.5")),
 )
-#: the one by which others are estimated
+#: the tokenizer that estimates for all other models
 _USUAL_ENCODING = "o200k_base"
 
 
@@ -3870,13 +3870,13 @@ def count_tokens(
     chars_per_token: float | None = None,
     method: str = "script",
 ) -> int | None:
-    """How many tokens a text, or a list of messages, has
+    """The number of tokens of a text, or of a list of messages
 
-    ``strict`` counts by the tokenizer of OpenAI's ``model``, o200k_base where no model is named; MissingExtraError
-    where no tokenizer is installed (the extra ``tokens``), or none is known for the model: that of no other vendor
-    is public. ``relaxed`` estimates and needs nothing: by scripts, which for English, Vietnamese, Chinese and code is
-    within 15 % of o200k_base on average; by ``method="words"``; or by ``chars_per_token``. ``none`` is None. Messages
-    have their roles counted in, as OpenAI does it, and of their content the text alone.
+    ``strict`` counts by the tokenizer of OpenAI's ``model``, by default o200k_base; MissingExtraError where none is
+    installed (the extra ``tokens``), or none is known for the model: no other vendor publishes one. ``relaxed``
+    estimates without any package: by scripts, within 15 % of o200k_base on average for English, Vietnamese, Chinese
+    and code; by ``method="words"``; or by ``chars_per_token``. ``none`` returns None. For messages, roles count as with
+    OpenAI, and of their content only the text.
     """
     _check_choice("mode", mode, ("strict", "relaxed", "none"))
     _check_choice("method", method, ("script", "words"))
@@ -3915,7 +3915,7 @@ def _encoding_of(model: str) -> str | None:
 
 @functools.lru_cache(None)
 def _tokenizer(encoding: str) -> Callable[[str], int]:
-    """What counts the tokens of a text exactly; MissingExtraError where nothing that does is installed"""
+    """A function that counts tokens exactly; MissingExtraError where no tokenizer is installed"""
     try:
         import bpe_openai  # type: ignore[import-not-found,unused-ignore]  # an extra
     except ImportError:
@@ -3926,7 +3926,7 @@ def _tokenizer(encoding: str) -> Callable[[str], int]:
     try:
         import tiktoken  # type: ignore[import-not-found,unused-ignore]
 
-        encode = tiktoken.get_encoding(encoding).encode  # which it fetches when it is used first
+        encode = tiktoken.get_encoding(encoding).encode  # downloaded at its first use
     except (ImportError, OSError) as error:
         raise MissingExtraError(
             "no tokenizer is installed: pip install 'sheepsse[tokens]', or mode='relaxed' estimates"
@@ -3935,7 +3935,7 @@ def _tokenizer(encoding: str) -> Callable[[str], int]:
 
 
 def _estimate(text: str, chars_per_token: float | None = None, method: str = "script") -> int:
-    """Tokens of a text without a tokenizer, rounded up"""
+    """An estimate of tokens without a tokenizer, rounded up"""
     if chars_per_token is not None:
         if not chars_per_token > 0:
             raise ValueError(f"chars_per_token is above 0, got {chars_per_token!r}")
@@ -3945,15 +3945,15 @@ def _estimate(text: str, chars_per_token: float | None = None, method: str = "sc
     return round(sum(_weight(match) for match in re.finditer(_RUNS, text)))
 
 
-#: runs of characters that tokenizers do not cut, or cut evenly; words with an accent are cut more than those without
+#: runs of characters that tokenizers do not cut, or cut evenly; words with accents are cut into more tokens
 _RUNS = (
     "(?P<word>(?:[A-Z]?[a-z]+|[A-Z]+)(?![a-z\u00c0-\u024f\u1e00-\u1eff]))"
     "|(?P<accented>[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+)"
     "|(?P<ideograph>[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff])"
     r"|(?P<letter>[^\W\d_])|(?P<digits>\d{1,3})|(?P<space>\s{2,}|\n)|(?P<sign>[^\w\s]+|_+)"
 )
-#: tokens of such a run, by least squares over texts and translations of Python and Django as o200k_base has them: of
-#: the run itself, and of each character of it beyond so many
+#: tokens of such a run: of the run itself, and of each character beyond a number of them; fitted by least squares to
+#: o200k_base, over texts and translations of Python and Django
 _WEIGHTS = {
     "word": (1.0, 0.1, 6),
     "accented": (0.23, 0.33, 0),
@@ -3971,33 +3971,33 @@ def _weight(run: re.Match[str]) -> float:
 
 
 class AlignmentReport(NamedTuple):
-    """What a TokenAlignment has counted of a stream so far"""
+    """The counts of a TokenAlignment for a stream so far"""
 
-    #: None where it is not counted
+    #: None where input is not counted
     input_tokens: int | None
     output_tokens: int | None
     chunks: int
     #: seconds since the stream began
     elapsed: float
-    #: ``local`` or ``estimate``, as in Usage
+    #: ``local`` or ``estimate``, as Usage.source
     source: str
 
 
 class TokenAlignment:
-    """Holds the tokens that are counted here against those of the provider, for ``alignment=`` of a stream
+    """Compares the tokens that sheepsse counts with those of the provider, for ``alignment=`` of a stream
 
-    ``strict`` counts by the tokenizer of the model, as count_tokens does, and by o200k_base, as an estimate, where the
-    model's own is not public; ``relaxed`` estimates; ``batch`` is strict, or relaxed without a tokenizer, and counts
-    every ``batch_size`` chunks while the stream runs, with an AlignmentReport to ``on_report`` at most every
-    ``report_interval`` seconds; ``none`` counts nothing. The output is the text, and the reasoning where the provider
-    does not count that apart; with tool calls, a refusal or several choices the two cannot be compared. The input is
-    counted and not compared: how a vendor writes messages, tools and images is not public.
+    ``strict`` counts by the tokenizer of the model, as count_tokens does, or estimates by o200k_base where that is not
+    public. ``relaxed`` estimates. ``batch`` is strict, or relaxed without a tokenizer; it counts every
+    ``batch_size`` chunks while the stream runs, and calls ``on_report`` with an AlignmentReport at most every
+    ``report_interval`` seconds. ``none`` counts nothing. The output is the text, and the reasoning where the provider
+    does not count that apart; with tool calls, a refusal or several choices the counts cannot be compared. The input
+    is counted but not compared: how a vendor renders messages, tools and images is not public.
 
-    ``usage`` then says what was found: ``alignment``, and both numbers. It is the provider's wherever that counted; a
-    stream that was cut before its usage gets one that was counted here. A difference of more than ``tolerance``, a
-    share (by default 0.001, and 0.15 for an estimate), is logged as a warning; ``on_mismatch="adjust"`` takes the
-    provider's count and logs that; ``"raise"`` raises TokenMismatchError at the end. ``log=False`` logs nothing. May be
-    shared between threads and streams.
+    ``usage`` then holds the result, ``alignment``, and both counts. Its counts are those of the provider, if any; a
+    stream that was cut before its usage gets our counts. A difference above ``tolerance``, a share (by default 0.001,
+    and 0.15 for an estimate), is logged as a warning. ``on_mismatch="adjust"`` uses the count of the provider and logs
+    that; ``"raise"`` raises TokenMismatchError at the end. ``log=False`` logs nothing. May be shared between threads
+    and streams.
     """
 
     def __init__(
@@ -4026,7 +4026,7 @@ class TokenAlignment:
         self.chars_per_token, self.method, self.log = chars_per_token, method, log
 
     def _counter(self, model: str) -> tuple[Callable[[str], int], str]:
-        """What counts, and whether it is exact (``local``) or not (``estimate``)"""
+        """The function that counts, and ``local`` for an exact count or ``estimate``"""
         estimate = functools.partial(_estimate, chars_per_token=self.chars_per_token, method=self.method)
         if self.mode == "relaxed":
             return estimate, "estimate"
@@ -4040,7 +4040,7 @@ class TokenAlignment:
 
 
 class _Alignment:
-    """A TokenAlignment at work on one stream"""
+    """The state of a TokenAlignment for one stream"""
 
     def __init__(self, terms: TokenAlignment, messages: Sequence[Any], model: str) -> None:
         self._terms, self._messages = terms, messages
@@ -4050,7 +4050,7 @@ class _Alignment:
         self._reported_at = self._began_at = time.monotonic()
 
     def note(self, answer: _Answer, chunks: int) -> None:
-        """Counts what came since, in mode batch, and reports it; a token across two batches counts as two"""
+        """Counts new text in mode batch, and reports it; a token across two batches counts as two"""
         terms = self._terms
         if terms.mode != "batch" or chunks < self._chunks + terms.batch_size:
             return
@@ -4069,18 +4069,18 @@ class _Alignment:
         return self._input
 
     def aligned(self, answer: _Answer, choices: int = 1, cut: bool = False) -> Usage:
-        """The usage of an answer, with what was found; TokenMismatchError where that is to be raised
+        """The usage of an answer with the result; TokenMismatchError for a mismatch with ``on_mismatch="raise"``
 
-        What the provider had counted when a stream was cut is no count of what came.
+        The usage of a stream that was ``cut`` is no count of the text that was received.
         """
         terms, said = self._terms, None if cut else answer.usage
-        # what is told apart by the provider may be hidden, or a summary of what was thought
+        # reasoning that the provider counts apart may be hidden, or a summary
         told = 0 if said is None else said.reasoning_tokens
         text = str(answer.text) if told else _said_in(answer)
         local = self._counted_input(), self._count(text) if terms.count_output else None
         if said is None:
             usage = Usage(local[0] or 0, local[1] or 0, (local[0] or 0) + (local[1] or 0))
-            source = "estimate" if None in local else self.source  # what is not counted has no price
+            source = "estimate" if None in local else self.source  # without a count there is no price
             return usage._replace(source=source, alignment="unverified", local=local, aligned_at=time.time())
         usage = said._replace(local=local, aligned_at=time.time(), alignment="unverified")
         if said.source == "provider":
@@ -4112,11 +4112,11 @@ def _said_in(answer: _Answer) -> str:
 
 
 class Price(NamedTuple):
-    """What a model costs, in one currency, for a million tokens: numbers, or a str, which is taken to the last digit"""
+    """The prices of a model for a million tokens, in one currency: numbers, or str for exact decimals"""
 
     input: Decimal | float | str
     output: Decimal | float | str
-    #: of input that the provider had in its cache, or put there; None is the price of other input
+    #: of input read from the cache, or written to it; None means the price of other input
     cache_read: Decimal | float | str | None = None
     cache_write: Decimal | float | str | None = None
 
@@ -4124,12 +4124,11 @@ class Price(NamedTuple):
 def cost(
     usage: Usage | None, price: Price | None = None, *, model: str | None = None, provider: str | None = None
 ) -> Decimal | None:
-    """What a request cost, to the last digit; None where nobody knows, which the log says
+    """The exact cost of a request; None where it is unknown, which is logged
 
-    It is what the provider itself says it charged, where ``usage`` has that. Else it is counted by ``price``. Without
-    one it is in US dollars, by the list prices that the package genai-prices (the extra ``prices``) has for ``model``
-    at ``provider``, a name in PROVIDERS; for HolySheep and Ollama there is none. Nothing is ever guessed: tokens that
-    are an estimate cost None.
+    The cost on the wire counts first, where ``usage`` has one, then ``price``. Without a price, the cost is in US
+    dollars, by the list prices of the package genai-prices (the extra ``prices``) for ``model`` at ``provider``, a name
+    in PROVIDERS; HolySheep and Ollama have none. Nothing is ever guessed: estimated tokens have the cost None.
     """
     if usage is None or usage.cost is not None:
         return None if usage is None else usage.cost
@@ -4162,7 +4161,7 @@ def _exact(number: Decimal | float | str) -> Decimal:
 
 
 def _spent(*counted: tuple[int | Decimal, Decimal | float | str]) -> Decimal:
-    """What so many tokens cost at so much for a million, to the last digit"""
+    """The exact cost of tokens at a price for a million"""
     from decimal import localcontext
 
     with localcontext() as context:
@@ -4170,7 +4169,7 @@ def _spent(*counted: tuple[int | Decimal, Decimal | float | str]) -> Decimal:
         return sum((count * _exact(price) for count, price in counted), _exact(0)).scaleb(-6)
 
 
-#: what genai-prices calls those who set the prices; the others are resellers with their own, or take none
+#: the names in genai-prices of providers that set prices; all others are resellers, or free
 _PRICED_BY = {
     "openai": "openai",
     "openai-responses": "openai",
@@ -4202,13 +4201,13 @@ def _list_price(usage: Usage, model: str | None, provider: str | None) -> Decima
 
 
 class CostMix(NamedTuple):
-    """What an amount of tokens costs by one mix of models; the amounts are None where a price is not known"""
+    """The cost of a number of tokens by one mix of models; all amounts are None where a price is unknown"""
 
     name: str
     #: by model
     parts: Mapping[str, Decimal | None]
     total: Decimal | None
-    #: against the first mix, in money, in per cent of that, and in a year of twelve such amounts
+    #: compared with the first mix: in money, in per cent, and in a year of twelve months
     saving: Decimal | None
     percent: Decimal | None
     yearly_saving: Decimal | None
@@ -4220,12 +4219,12 @@ def compare_costs(
     mixes: Mapping[str, str | Mapping[str, float]],
     prices: Mapping[str, Price],
 ) -> list[CostMix]:
-    """What so many tokens, as of a month, cost by each of the mixes, and what each saves against the first
+    """The cost of the tokens of a month by each mix, and the saving of each compared with the first
 
         compare_costs(10_000_000, 50_000_000, {"now": "large", "mixed": {"small": 0.6, "large": 0.4}}, prices)
 
-    A mix is a model, or the shares of several, which count for input and output alike and make 1 together, else it
-    is a ValueError. A model without a price makes its mix None, and not 0.
+    A mix is a model, or the shares of several models, which apply to input and output alike; ValueError unless the
+    shares add up to 1. The amounts of a mix with an unknown price are None, not 0.
     """
     results: list[CostMix] = []
     for name, mix in mixes.items():
@@ -9036,27 +9035,27 @@ def _completed(answer: Stream) -> Completion:
 
 
 class Result(NamedTuple):
-    """What became of one request of a batch"""
+    """The result of one request of a batch"""
 
-    #: the request's own id, else its index, which counts from 0
+    #: the id of the request, else its index, from 0
     id: Any
     index: int  # type: ignore[assignment]
-    #: what came, all of it where there is no error
+    #: the answer, whole where there is no error
     text: str = ""
     completion: Completion = Completion()
     usage: Usage | None = None
     cost: Decimal | None = None
-    #: seconds from its beginning to its end, and to its first text
+    #: seconds from the start of the request to its end, and to its first text
     elapsed: float = 0.0
     ttft: float | None = None
     attempts: int = 0
     error: Exception | None = None
-    #: whether it was answered from its checkpoint
+    #: whether the answer was read from its checkpoint
     cached: bool = False
 
 
 class BatchSummary(NamedTuple):
-    """A batch so far; None where there is nothing to say it of, which is shown as a dash"""
+    """A batch so far; None, shown as a dash, where there is no sample"""
 
     total: int
     succeeded: int
@@ -9065,11 +9064,11 @@ class BatchSummary(NamedTuple):
     #: seconds since the first request was drawn, and requests a second
     elapsed: float
     rate: float | None
-    #: of the requests whose usage, and whose cost, is known
+    #: of requests with a known usage or cost
     input_tokens: int
     output_tokens: int
     cost: Decimal | None
-    #: seconds to the first text, and to the end: half of all, 90 and 99 of 100 took no longer; of those that succeeded
+    #: p50, p90 and p99 of the seconds to the first text, and to the end, of requests that succeeded
     ttft: tuple[float, float, float] | None
     duration: tuple[float, float, float] | None
 
@@ -9088,7 +9087,7 @@ class BatchSummary(NamedTuple):
 
 
 class _Sample:
-    """Percentiles of any number of values, of which it keeps a random part"""
+    """Percentiles of any number of values, from a random sample of them"""
 
     _MOST = 10_000
 
@@ -9135,7 +9134,7 @@ def _job(request: Any, index: int, params: Mapping[str, Any], folder: str | None
 
 
 def _result(job: _Job, ask: Callable[..., Stream]) -> Result:
-    """Reads one answer; whatever goes wrong is in the result"""
+    """Reads one answer; an error becomes part of the result"""
     start, answer, error = time.monotonic(), None, None
     try:
         if job.messages is None:
@@ -9153,7 +9152,7 @@ def _result(job: _Job, ask: Callable[..., Stream]) -> Result:
     came, stats, spent = answer.completion, answer.stats, None
     try:
         spent = answer.cost
-    except (ArithmeticError, ValueError) as failure:  # of a price that is none
+    except (ArithmeticError, ValueError) as failure:  # an invalid price
         error = error or failure
     return Result(
         job.id,
@@ -9183,15 +9182,15 @@ def _work(clients: bytes, job: _Job) -> Result:
     return _result(job, functools.partial(stream, client=_unpickled(clients)))
 
 
-#: seconds for which a batch draws requests while there is a result to give
+#: seconds for which a batch draws requests while a result is ready
 _PATIENCE = 0.01
 
 
 class Batch:
-    """The results of many requests: an iterator of Result, as they are completed or in the order of the requests
+    """The results of many requests: an iterator of Result, as completed or in the order of the requests
 
-    Iterable once; a context manager. ``close()`` ends it: what runs is cancelled, what was given stays. Belongs to one
-    thread, but for ``close()``.
+    Iterable once; a context manager. ``close()`` cancels what runs; finished results stay. Belongs to one thread,
+    except ``close()``.
     """
 
     def __init__(
@@ -9206,16 +9205,16 @@ class Batch:
         self._reading = threading.Lock()  # held by the thread that reads
         self._closed = False
         self._end: float | None = None
-        self._failure: Exception | None = None  # of the requests' iterator
+        self._failure: Exception | None = None  # of the iterator of requests
         self._jobs: Iterator[_Job] | None = jobs
         self._run = run
         self._in_flight = in_flight
         self._ordered = ordered
         self._progress = progress
-        self._owned = owned  # clients that end with it
+        self._owned = owned  # clients that close with the batch
         self._running: dict[Any, _Job] = {}
-        self._ready: dict[int, Result] = {}  # by index: those that were not given yet
-        self._next = 0  # the index that is given next, where they are given in order
+        self._ready: dict[int, Result] = {}  # by index: results not returned yet
+        self._next = 0  # the next index, in order
         self._start: float | None = None
         self._counts = dict.fromkeys(("total", "succeeded", "failed", "cached", "input_tokens", "output_tokens"), 0)
         self._cost: Decimal | None = None
@@ -9241,7 +9240,7 @@ class Batch:
             self._collect(wait=False)
             index: Any = self._next if self._ordered else next(iter(self._ready), None)
             is_ready = index in self._ready
-            # what is ready does not wait for requests that are long in coming
+            # a ready result does not wait for slow requests
             if self._has_room and not (is_ready and time.monotonic() - began > _PATIENCE):
                 self._draw()
             elif is_ready:
@@ -9265,7 +9264,7 @@ class Batch:
             self._start = time.monotonic()
         try:
             job = next(self._jobs, None)
-        except Exception as error:  # which is raised when all that is done was given
+        except Exception as error:  # raised after all finished results were returned
             self._failure, job = error, None
         if job is None:
             self._jobs = None
@@ -9273,7 +9272,7 @@ class Batch:
             self._running[self._run.submit(job)] = job
 
     def _collect(self, wait: bool) -> None:
-        """Takes the results that are there, or waits for one"""
+        """Takes the finished results, or waits for one"""
         import concurrent.futures
 
         timeout = None if wait else 0
@@ -9287,7 +9286,7 @@ class Batch:
             return
         try:
             result: Result = future.result()
-        except Exception as error:  # of the executor: a worker that died, another who cancels
+        except Exception as error:  # of the executor: a dead worker, a cancel by others
             result = Result(job.id, job.index, error=error)
         if self._closed and isinstance(result.error, StreamCancelled):
             return
@@ -9312,7 +9311,7 @@ class Batch:
 
     @property
     def summary(self) -> BatchSummary:
-        """What the results say together so far"""
+        """The summary of all results so far"""
         elapsed = 0.0 if self._start is None else (self._end or time.monotonic()) - self._start
         return BatchSummary(
             elapsed=elapsed,
@@ -9324,12 +9323,12 @@ class Batch:
         )
 
     def close(self) -> None:
-        """Ends it: no more is drawn, what runs is cancelled, what is done may still be read; may be called again"""
+        """Draws no more requests and cancels those that run; finished results may still be read. May be called again"""
         self._closed = True
         for future in list(self._running):
             future.cancel()
         self._run.cancel()
-        if self._reading.acquire(blocking=False):  # else its reader does it
+        if self._reading.acquire(blocking=False):  # else the thread that reads does it
             try:
                 self._finish()
             finally:
@@ -9355,7 +9354,7 @@ class Batch:
 
 
 class _Threads:
-    """Where the requests of a batch are made: on threads of this process, those of an executor or its own"""
+    """Makes the requests of a batch on threads of this process, those of an executor or its own"""
 
     def __init__(self, ask: Callable[..., Stream], workers: int, executor: Any) -> None:
         from concurrent.futures import ThreadPoolExecutor
@@ -9371,7 +9370,7 @@ class _Threads:
         """A future of its Result"""
         try:
             return self._executor.submit(self._result, job)
-        except RuntimeError as error:  # of an executor that was shut down
+        except RuntimeError as error:  # the executor was shut down
             return _failed_future(job, error)
 
     def _result(self, job: _Job) -> Result:
@@ -9393,7 +9392,7 @@ class _Threads:
                 self._open.difference_update(opened)
 
     def cancel(self) -> None:
-        """Ends what runs"""
+        """Cancels all running streams"""
         with self._lock:
             self._closed = True
             for answer in self._open:
@@ -9406,9 +9405,9 @@ class _Threads:
 
 
 class _Processes:
-    """The same by any other executor, whose workers may be other processes: they get plain data, and no key
+    """Makes the requests by any other executor, whose workers may be processes: they get plain data, and no key
 
-    The limiter and the breaker act here, for those of other processes would know nothing of one another.
+    The limiter and the breaker act here: those of several processes would not know of one another.
     """
 
     def __init__(self, clients: Sequence[Client], executor: Any, limiter: Any, breaker: CircuitBreaker | None) -> None:
@@ -9439,7 +9438,7 @@ class _Processes:
         return future
 
     def cancel(self) -> None:
-        """Nothing: what runs in another process comes to its end there"""
+        """Does nothing: a request in another process runs to its end"""
 
     def close(self) -> None:
         pass
@@ -9464,24 +9463,25 @@ def batch(
     progress: bool | Callable[[Result], object] | None = None,
     **params: Any,
 ) -> Batch:
-    """The answers to many requests, as Results: as they are completed, or in their order with ``ordered``
+    """The answers to many requests, as Results: as completed, or in the order of requests with ``ordered``
 
         for result in sheepsse.batch(["Hello", "Good day"], model="deepseek-chat", workers=16):
             print(result.id, result.error or result.text)
 
     A request is a str, a list of messages, or a dict with ``messages``, perhaps an ``id``, and any options of
-    ``stream``; ``params`` are those of all of them. Requests are drawn as they can be made, so a generator may go on
-    for ever. One that fails gives a Result with its ``error``, and the others go on. Two with one id are a ValueError.
+    ``stream``; ``params`` apply to all requests. Requests are drawn as workers become free, so ``requests`` may be an
+    endless generator. A failed request gives a Result with its ``error``, and never stops the others. Two requests
+    with the same id are a ValueError.
 
-    They are made on ``workers`` threads, or by an ``executor`` of concurrent.futures: threads, processes, loky, or a
-    Dask cluster by its ``get_executor(pure=False)``. To workers of other processes goes plain data and no key, which
-    they read of their own environment: a client with a key of its own, or a session, is then a TypeError before
-    anything is sent. The limiter and the breaker act here.
+    Requests are made on ``workers`` threads, or by an ``executor`` of concurrent.futures: threads, processes, loky, or
+    a Dask cluster by its ``get_executor(pure=False)``. Workers of other processes get plain data and no key: they read
+    the key from their own environment. A client with a key or a session of its own is then a TypeError, before
+    anything is sent. The limiter and the breaker act in this process.
 
-    ``checkpoint`` is a folder that keeps each answer, by the request and its id, else its index: run again, the batch
-    asks only for what is missing. ``progress`` is called with each Result, or, if True, is a bar of tqdm. The iterator
-    has ``summary``, and ``close()``, which Ctrl-C calls too: what runs is cancelled, unless it runs in other processes,
-    and what is done stays done.
+    ``checkpoint`` is a folder that holds each answer, by the request and its id, else its index; a rerun requests only
+    the missing answers. ``progress`` is called with each Result; True shows a bar of tqdm. The iterator has ``summary``
+    and ``close()``. Ctrl-C closes it, too: running requests are cancelled, except in other processes, and finished
+    ones stay finished.
     """
     if isinstance(requests, (str, bytes, Mapping)):
         raise TypeError("batch takes many requests: a list of them, or any other iterable")
@@ -9513,7 +9513,7 @@ def _runner(clients: Sequence[Client], workers: int, executor: Any, params: dict
 
 
 def _check_keyless(params: Mapping[str, Any]) -> None:
-    """Raises where the options of a request hold a key, which is not to be sent to other processes"""
+    """Raises where the options of a request hold a key, which must not go to other processes"""
     if any(params.get(name) is not None for name in _CLIENT_OPTIONS) or _key_headers(params.get("headers") or {}):
         raise TypeError(
             "a key, or another option of a Client, is not sent to other processes: set the provider's variable"
@@ -9526,8 +9526,8 @@ def _jobs(requests: Iterable[Any], params: Mapping[str, Any], folder: str | None
 
 
 def _with_new_ids(requests: Iterable[Any]) -> Iterator[Any]:
-    """The same requests; ValueError at one whose id another has"""
-    seen: set[Any] = set()  # those that were given, not the indexes of all others
+    """The same requests; ValueError for a second request with the same id"""
+    seen: set[Any] = set()  # ids that were passed, without the indexes of all others
     for index, request in enumerate(requests):
         id = request.get("id") if isinstance(request, Mapping) else None
         try:
