@@ -22,6 +22,7 @@ import zlib
 from decimal import Decimal
 
 import pytest
+import responses
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -1435,3 +1436,66 @@ def test_a_long_journal_is_read_in_time_proportional_to_its_length(path):
         return cpu_seconds(lambda: saved(path))
 
     assert reading(16_000) < 3 * 16 * reading(1_000)
+
+
+# The names of files: an answer that was saved is found by the next version, too
+
+LOOK = {
+    "name": "look",
+    "description": "Looks",
+    "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
+}
+CALL = {"id": "c-1", "type": "function", "function": {"name": "look", "arguments": '{"at": "Hà Nội"}'}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+PINNED_REQUESTS = {
+    "a prompt": ("Good day?", {}),
+    "options": (
+        [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Good day?"}],
+        {"temperature": 0.5, "max_tokens": 100, "stop": ["\n"]},
+    ),
+    "an image": ([{"role": "user", "content": [{"type": "text", "text": "What?"}, IMAGE]}], {"seed": 1}),
+    "tools": (
+        [
+            {"role": "user", "content": "Look"},
+            {"role": "assistant", "content": "I look", "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c-1", "content": "Rain"},
+        ],
+        {"tools": [{"type": "function", "function": LOOK}], "tool_choice": "auto"},
+    ),
+}
+#: the first digits of each name
+PINNED_NAMES = {
+    ("openai", "a prompt"): "60654c564752f76b9cefb749",
+    ("openai", "options"): "71ebd2a174aa4dd6fcb6cb38",
+    ("openai", "an image"): "d096b85c7216365e68281e9a",
+    ("openai", "tools"): "06f0ab0b85c8328f7539b07c",
+    ("openai-responses", "a prompt"): "1f0e34b5720ec1f77e042d59",
+    ("openai-responses", "options"): "baf267a3f1b9c47fe606b324",
+    ("openai-responses", "an image"): "59d7ebf9868bd71150e983f4",
+    ("openai-responses", "tools"): "5aa50a4979fdd954ddedd6aa",
+    ("anthropic", "a prompt"): "eea888bc778fd3a09f08ff5b",
+    ("anthropic", "options"): "ba2df6e7535fadca90ba112d",
+    ("anthropic", "an image"): "812bad35c33bfd150cf22d37",
+    ("anthropic", "tools"): "f5f406f23e3e9f956be76b11",
+    ("gemini", "a prompt"): "b02ee3a93d9b8ca14153d9fd",
+    ("gemini", "options"): "70310dd0d527f144f936e582",
+    ("gemini", "an image"): "48dce462db1e2b40e16e5b16",
+    ("gemini", "tools"): "c2dab932d6f161c56bf9d7c3",
+    ("ollama", "a prompt"): "4a596de15ae07b517368a66d",
+    ("ollama", "options"): "890b05d771fe457b12c17366",
+    ("ollama", "an image"): "af1a73f44dcef8481d111abe",
+    ("ollama", "tools"): "1cf64198e8b6d55c397f65b8",
+}
+
+
+@pytest.mark.parametrize(("dialect", "request_name"), PINNED_NAMES)
+def test_a_request_has_the_same_checkpoint_in_each_version(tmp_path, dialect, request_name):
+    messages, params = PINNED_REQUESTS[request_name]
+    with responses.RequestsMock() as mock, sheepsse.Client(
+        base_url="https://api.example.com/v1", dialect=dialect, api_key=False, model="m", retry=0
+    ) as client:
+        mock.add("POST", re.compile("https://api.example.com/.*"), status=500, body="{}")
+        with pytest.raises(sheepsse.ServerError):
+            list(client.stream(messages, checkpoint=tmp_path, **params))
+    (name,) = os.listdir(tmp_path)
+    assert name.startswith(PINNED_NAMES[dialect, request_name])
