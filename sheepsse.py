@@ -5076,7 +5076,7 @@ class _Wire:
     def __init__(self, read_timeout: float | None = None, deadline: float | None = None) -> None:
         #: why the call was ended from outside: "cancelled", "closed", or None
         self.ended: str | None = None
-        self._read_timeout = read_timeout
+        self.read_timeout = read_timeout
         self.connect_timeout: float | None = None
         #: the moments (time.monotonic) by which the call, and the next chunk, must come to their end
         self.deadline = None if deadline is None else time.monotonic() + deadline
@@ -5097,11 +5097,11 @@ class _Wire:
     @contextlib.contextmanager
     def connecting(self) -> Iterator[None]:
         """While a connection is made, reads (from a proxy) have the connect time-out"""
-        read_timeout, self._read_timeout = self._read_timeout, self.connect_timeout
+        read_timeout, self.read_timeout = self.read_timeout, self.connect_timeout
         try:
             yield
         finally:
-            self._read_timeout = read_timeout
+            self.read_timeout = read_timeout
 
     def attach(self, sock: socket.socket | None) -> None:
         """Sets the socket that the reader is about to wait on"""
@@ -5144,7 +5144,7 @@ class _Wire:
 
     def before_recv(self, sock: socket.socket) -> None:
         """Checks the limits, and sets the time-out of the next recv"""
-        left, now = self._read_timeout, time.monotonic()
+        left, now = self.read_timeout, time.monotonic()
         if self.deadline is not None and (left is None or self.deadline - now < left):
             left = self.deadline - now
         if self.due is not None and (left is None or self.due - now < left):
@@ -5174,7 +5174,7 @@ class _Wire:
         """The time left for a request"""
         now = time.monotonic()
         limits = [moment - now for moment in (self.deadline, self.due) if moment is not None]
-        limits += [] if self._read_timeout is None else [self._read_timeout]
+        limits += [] if self.read_timeout is None else [self.read_timeout]
         return max(min(limits), self._LEAST) if limits else None
 
     def overdue(self) -> str:
@@ -7890,7 +7890,7 @@ class Stream:
         self._marks = marks
         self._plan = self._first_plan()
         self._alignment = sender.alignment
-        self._wire._read_timeout = sender.options.timeout[1]
+        self._wire.read_timeout = sender.options.timeout[1]
         self._clock = _Clock()
         self._reconnects = 0
         self._continuity = "single"
