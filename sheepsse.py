@@ -4577,24 +4577,14 @@ class Slot:
         self.release()
 
 
-class _Waiter:
-    """One who waits for a slot"""
+class _Waiter(NamedTuple):
+    """A caller that waits for a slot; waiters are sorted by priority, then by arrival"""
 
-    def __init__(
-        self,
-        priority: float,
-        user: Any,
-        number: int,
-        bell: threading.Event,
-        on_position: Callable[[int], object] | None,
-        origin: str,
-    ) -> None:
-        self.order = (-priority, number)
-        self.user, self.bell, self.on_position, self.origin = user, bell, on_position, origin
-        self.slot: Slot | None = None
-
-    def __lt__(self, other: _Waiter) -> bool:
-        return self.order < other.order
+    order: tuple[float, int]
+    user: Any
+    origin: str
+    bell: threading.Event
+    on_position: Callable[[int], object] | None
 
 
 class Limiter:
@@ -4706,78 +4696,79 @@ class Limiter:
         hash(user)  # an unhashable user is refused here, not while others wait
         limits = [limit for limit in (timeout, self.queue_timeout) if limit is not None]
         until = self._clock() + min(limits) if limits else None
-        waiter = self._entered(priority, user, bell or threading.Event(), on_position, origin)
+        bell = threading.Event() if bell is None else bell
+        with self._settled():
+            self._number += 1
+            waiter = _Waiter((-priority, self._number), user, origin, bell, on_position)
+            bisect.insort(self._queue, waiter)
+        slot, place = None, 0
         try:
-            place = 0
-            while waiter.slot is None:
-                before, place = place, self._place(waiter)
-                if on_position is not None and place not in (before, 0):
-                    on_position(place)
-                self._wait(waiter, until)
+            while slot is None:
+                with self._settled():
+                    slot, before = self._taken(waiter), place
+                    if slot is None:
+                        place = 1 + self._queue.index(waiter)
+                        pause = self._pause(waiter, place, until, is_new=before == 0)
+                if slot is None:
+                    if on_position is not None and place != before:
+                        on_position(place)
+                    self._wait(bell, pause)
                 check()
-            waiter.bell.clear()  # it may serve for more than this wait
-            check()
-            return waiter.slot
+            bell.clear()  # it may serve for more than this wait
+            return slot
         except BaseException:
+            if slot is not None:
+                slot.release()
             self._leave(waiter)
             raise
 
-    def _entered(
-        self,
-        priority: float,
-        user: Any,
-        bell: threading.Event,
-        on_position: Callable[[int], object] | None,
-        origin: str,
-    ) -> _Waiter:
-        """A waiter, perhaps with a slot already; QueueFullError where the queue is full"""
-        with self._settled():
-            self._number += 1
-            waiter = _Waiter(priority, user, self._number, bell, on_position, origin)
-            bisect.insort(self._queue, waiter)
-            self._grant()
-            if waiter.slot is None and len(self._queue) > self.max_queue:
-                self._queue.remove(waiter)
-                self._rejected += 1
-                raise QueueFullError(
-                    f"the queue is full: {self._active} streams are active and {len(self._queue)} wait",
-                    retry_after=self._guess(waiter, len(self._queue) + 1),
-                )
+    def _taken(self, waiter: _Waiter) -> Slot | None:
+        """A slot, if one is free and this waiter is the next"""
+        now = self._clock()
+        if self._active >= self.max_concurrent or waiter is not self._next() or self._delay(now):
+            return None
+        self._queue.remove(waiter)
+        self._active += 1
+        if waiter.user is not None:
+            self._users[waiter.user] = self._users.get(waiter.user, 0) + 1
+        if self.rate is not None:
+            self._starts.append(now)
+        self._ring()
+        return Slot(self, waiter.user, now)
+
+    def _pause(self, waiter: _Waiter, place: int, until: float | None, is_new: bool) -> float | None:
+        """Seconds to wait at most; QueueFullError for a new waiter without room, QueueTimeoutError after the limit"""
+        now, next_one = self._clock(), self._next()
+        is_ready = next_one is not None and not self._delay(now)
+        free = self.max_concurrent - self._active if is_ready else 0  # slots that woken waiters are about to take
+        if is_new and len(self._queue) - free > self.max_queue:
+            self._queue.remove(waiter)
+            self._rejected += 1
+            raise QueueFullError(
+                f"the queue is full: {self._active} streams are active and {len(self._queue)} wait",
+                retry_after=self._guess(waiter, len(self._queue) + 1),
+            )
+        if until is not None and until <= now:
+            self._queue.remove(waiter)
+            self._timed_out += 1
             self._ring()
-            return waiter
+            raise QueueTimeoutError(
+                f"waited too long for a slot, at place {place} of the queue", retry_after=self._guess(waiter, place)
+            )
+        if is_new:
+            self._ring()
+        pauses = [] if until is None else [until - now]
+        held = self._hold(waiter, now)
+        if held or (self._active < self.max_concurrent and waiter is next_one):
+            pauses.append(max(held or self._delay(now), TokenBucket._LEAST))
+        return min(pauses, default=None)
 
-    def _place(self, waiter: _Waiter) -> int:
-        """The position in the queue, 0 with a slot"""
-        with self._settled():
-            return 0 if waiter.slot is not None else 1 + self._queue.index(waiter)
-
-    def _wait(self, waiter: _Waiter, until: float | None) -> None:
-        """Waits until something changes; QueueTimeoutError after too long a wait"""
-        with self._settled():
-            if self._grant():
-                self._ring()
-            now = self._clock()
-            if waiter.slot is not None:
-                return
-            pauses = [] if until is None else [until - now]
-            if pauses and pauses[0] <= 0:
-                place = 1 + self._queue.index(waiter)
-                self._queue.remove(waiter)
-                self._timed_out += 1
-                self._ring()
-                raise QueueTimeoutError(
-                    f"waited too long for a slot, at place {place} of the queue",
-                    retry_after=self._guess(waiter, place),
-                )
-            held = self._hold(waiter, now)
-            if held or (self._active < self.max_concurrent and waiter is self._next()):
-                pauses.append(max(held or self._delay(now), TokenBucket._LEAST))
-        pause = min(pauses, default=None)
+    def _wait(self, bell: threading.Event, pause: float | None) -> None:
         if self._sleep is not None and pause is not None:
             self._sleep(pause)
         else:
-            waiter.bell.wait(pause)
-        waiter.bell.clear()
+            bell.wait(pause)
+        bell.clear()
 
     def _leave(self, waiter: _Waiter) -> None:
         """Removes a waiter that gives up"""
@@ -4786,8 +4777,6 @@ class Limiter:
                 self._queue.remove(waiter)
                 self._cancelled += 1
                 self._ring()
-        if waiter.slot is not None:
-            waiter.slot.release()
 
     def _take_back(self, user: Any, since: float) -> None:
         """Releases a slot; where a thread, perhaps this one, holds the lock, that thread finishes the release"""
@@ -4823,25 +4812,7 @@ class Limiter:
                 self._users[user] -= 1
                 if not self._users[user]:
                     del self._users[user]
-        self._grant()
         self._ring()
-
-    def _grant(self) -> bool:
-        """Gives slots to the next waiters; True where there were any"""
-        now, number = self._clock(), len(self._queue)
-        while self._queue and self._active < self.max_concurrent and not self._delay(now):
-            waiter = self._next()
-            if waiter is None:
-                break
-            self._queue.remove(waiter)
-            self._active += 1
-            if waiter.user is not None:
-                self._users[waiter.user] = self._users.get(waiter.user, 0) + 1
-            if self.rate is not None:
-                self._starts.append(now)
-            waiter.slot = Slot(self, waiter.user, now)
-            waiter.bell.set()
-        return len(self._queue) < number
 
     def _next(self) -> _Waiter | None:
         """The next waiter: the first one whose user is below the limit, and whose provider is not held back"""

@@ -245,6 +245,17 @@ def test_a_waiter_times_out_by_the_real_clock_too():
 
 
 def test_a_slot_that_came_too_late_is_given_back():
+    limiter = Limiter(1)
+
+    def check():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        limiter._acquire(0, None, check=check)
+    assert limiter.stats() == (0, 0, 1, 0, 0, 0, None)
+
+
+def test_a_caller_that_gives_up_as_a_slot_comes_free_takes_none():
     slots = []
     limiter = Limiter(1, sleep=lambda seconds: slots.pop().release())
     slots.append(limiter.acquire())
@@ -254,7 +265,9 @@ def test_a_slot_that_came_too_late_is_given_back():
 
     with pytest.raises(KeyboardInterrupt):
         limiter._acquire(0, None, check=check)
-    assert limiter.stats() == (0, 0, 2, 0, 0, 0, None)
+    assert limiter.stats() == (0, 0, 1, 0, 0, 1, None)
+    with limiter.acquire():
+        assert limiter.stats().active == 1
 
 
 def test_a_bound_limiter_may_be_asked_for_slots_itself(clock):
@@ -408,15 +421,15 @@ def test_a_waiter_is_told_its_place():
 def test_a_slot_given_back_in_the_midst_of_a_collection_does_no_harm(monkeypatch):
     limiter = Limiter(2)
     kept = limiter.acquire()
-    plain = Limiter._grant
+    plain = Limiter._next
 
-    def grant(self):  # with the lock held
+    def next_one(self):  # with the lock held
         nonlocal kept
         kept = None
         gc.collect()
-        plain(self)
+        return plain(self)
 
-    monkeypatch.setattr(Limiter, "_grant", grant)
+    monkeypatch.setattr(Limiter, "_next", next_one)
     with limiter.acquire():
         assert limiter.stats()[:3] == (1, 0, 1)
     assert limiter.stats()[:3] == (0, 0, 2)
