@@ -772,7 +772,7 @@ SheepError.partial = Completion()
 SheepError.resume_point = ResumePoint()
 
 
-def _says(chunk: Chunk) -> bool:
+def _has_content(chunk: Chunk) -> bool:
     """Whether a chunk holds a piece of the answer itself"""
     return bool(chunk.text or chunk.reasoning or chunk.refusal or chunk.tool_calls)
 
@@ -2337,7 +2337,7 @@ def _is_empty(message: Mapping[str, Any]) -> bool:
     return not (message.get("content") or message.get("parts") or message.get("tool_calls") or message.get("vendor"))
 
 
-def _parts(content: Any) -> list[Any]:
+def _content_parts(content: Any) -> list[Any]:
     """A content as the list of its parts"""
     if isinstance(content, list):
         return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
@@ -2346,12 +2346,12 @@ def _parts(content: Any) -> list[Any]:
 
 def _plain_text(content: Any) -> str:
     """A content that can only be text"""
-    return _text(content) or _texts(_parts(content))
+    return _text(content) or _texts(_content_parts(content))
 
 
 def _result_text(content: Any) -> str:
     """The content of a tool result, where the vendor takes only text"""
-    if any(_dict(part).get("type") != "text" for part in _parts(content)):
+    if any(_dict(part).get("type") != "text" for part in _content_parts(content)):
         raise InvalidRequestError(
             "the result of a tool call can only be text here: put images into a message of the user"
         )
@@ -2551,7 +2551,7 @@ class _Anthropic(Dialect):
     def _system(contents: list[Any]) -> Any:
         if all(isinstance(content, str) for content in contents):
             return "\n\n".join(contents)
-        return [part for content in contents for part in _parts(content)]
+        return [part for content in contents for part in _content_parts(content)]
 
     @classmethod
     def _turns(cls, messages: list[Mapping[str, Any]]) -> list[Any]:
@@ -2575,7 +2575,7 @@ class _Anthropic(Dialect):
         calls = _calls_of(message)
         kept = _kept(message, cls.name)
         if kept is None and (calls or not isinstance(content, str)):
-            kept = [cls._part(part) for part in _parts(content)]
+            kept = [cls._part(part) for part in _content_parts(content)]
             kept += [
                 {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments_of(call)} for call in calls
             ]
@@ -2749,7 +2749,7 @@ class _Anthropic(Dialect):
         return blocks
 
 
-class _Parts:
+class _CandidateParts:
     """The parts of a candidate as received, with pieces of text joined"""
 
     def __init__(self) -> None:
@@ -2809,7 +2809,7 @@ class _Gemini(Dialect):
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
         self._choices = _Choices(choices, may_count=False)
-        self._whole: dict[int, _Parts] = {}  # of each candidate
+        self._whole: dict[int, _CandidateParts] = {}  # of each candidate
         self._calls: dict[int, dict[Any, ToolCall]] = {}  # of each candidate
         self._token: Any = None  # the last continuationToken
 
@@ -2836,7 +2836,10 @@ class _Gemini(Dialect):
             config["stopSequences"] = _as_list(config["stopSequences"])
         config.update(_dict(_either(params, "generationConfig", "generation_config")))
         system = [
-            part for message in given if _is_system(message) for part in map(cls._part, _parts(message.get("content")))
+            part
+            for message in given
+            if _is_system(message)
+            for part in map(cls._part, _content_parts(message.get("content")))
         ]
         own = _either(params, "systemInstruction", "system_instruction")
         own = own.get("parts") if isinstance(own, Mapping) else own
@@ -2881,7 +2884,7 @@ class _Gemini(Dialect):
             calls = list(map(cls._call, _calls_of(message)))
             if calls:
                 calls[0]["thoughtSignature"] = cls._FOREIGN
-            parts = [*map(cls._part, _parts(message.get("content"))), *calls]
+            parts = [*map(cls._part, _content_parts(message.get("content"))), *calls]
         return {"role": role, "parts": parts}
 
     @staticmethod
@@ -2976,7 +2979,7 @@ class _Gemini(Dialect):
     def _candidate(
         self, candidate: dict[str, Any], parts: list[dict[str, Any]], index: int, text: str, named: Chunk
     ) -> Chunk:
-        whole = self._whole.setdefault(index, _Parts())
+        whole = self._whole.setdefault(index, _CandidateParts())
         whole.extend(parts)
         reason, known = _text(candidate.get("finishReason")), self._calls.setdefault(index, {})
         reasoning = ""
@@ -2985,7 +2988,7 @@ class _Gemini(Dialect):
             reasoning = "".join([_text(part.get("text")) for part in parts if part.get("thought")])
             calls = tuple(self._tool_calls(parts, known))
         chunk = named._replace(text=text, reasoning=reasoning, tool_calls=calls, index=index)
-        self._choices.end(index, reason, _says(chunk))
+        self._choices.end(index, reason, _has_content(chunk))
         self._token = candidate.get("continuationToken") or self._token
         if not reason:
             return chunk
@@ -3083,7 +3086,7 @@ class _Responses(Dialect):
             return [message]
         content = message.get("content")
         if _is_result(message):
-            output = content if isinstance(content, str) else list(map(cls._part, _parts(content)))
+            output = content if isinstance(content, str) else list(map(cls._part, _content_parts(content)))
             return [{"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": output}]
         kept = _kept(message, cls.name)
         if kept is not None:
@@ -3395,7 +3398,7 @@ class _Ollama(Dialect):
         if isinstance(content, str) and not made and "vendor" not in message and role == message.get("role"):
             return message
         known = {"role", "content", "tool_calls", "vendor"}
-        images = [cls._image(part) for part in _parts(content) if _dict(part).get("type") != "text"]
+        images = [cls._image(part) for part in _content_parts(content) if _dict(part).get("type") != "text"]
         others = {name: value for name, value in message.items() if name not in known}
         said: dict[str, Any] = {
             "role": role,
@@ -3486,14 +3489,14 @@ def iter_chunks(
     indexes apart.
     """
     kind = None if dialect == "auto" else _dialect(dialect)
-    return _folded(_parsed_as_told(iter(events), kind, choices), _Answer())
+    return _folded(_parsed_as_detected(iter(events), kind, choices), _Answer())
 
 
-def _parsed_as_told(
+def _parsed_as_detected(
     events: Iterator[ServerSentEvent], kind: type[Dialect] | None, choices: int | None
 ) -> Iterator[Chunk]:
     for event in events if kind is None else ():
-        kind = _told(event)
+        kind = _detect_dialect(event)
         if kind is not None:
             events = itertools.chain((event,), events)
             break
@@ -3503,7 +3506,7 @@ def _parsed_as_told(
     yield from _parsed(events, reader)
 
 
-def _told(event: ServerSentEvent) -> type[Dialect] | None:
+def _detect_dialect(event: ServerSentEvent) -> type[Dialect] | None:
     """The dialect of an event; openai for an error or other data than JSON, None for an event without meaning"""
     payload = _json(event.data)
     if isinstance(payload, dict):
@@ -4054,7 +4057,7 @@ class _Alignment:
         terms = self._terms
         if terms.mode != "batch" or chunks < self._chunks + terms.batch_size:
             return
-        text = _said_in(answer)
+        text = _all_text(answer)
         self._output += self._count(text[self._chars :]) if terms.count_output else 0
         self._chunks, self._chars = chunks, len(text)
         now = time.monotonic()
@@ -4076,7 +4079,7 @@ class _Alignment:
         terms, said = self._terms, None if cut else answer.usage
         # reasoning that the provider counts apart may be hidden, or a summary
         told = 0 if said is None else said.reasoning_tokens
-        text = str(answer.text) if told else _said_in(answer)
+        text = str(answer.text) if told else _all_text(answer)
         local = self._counted_input(), self._count(text) if terms.count_output else None
         if said is None:
             usage = Usage(local[0] or 0, local[1] or 0, (local[0] or 0) + (local[1] or 0))
@@ -4107,7 +4110,7 @@ class _Alignment:
             _log.log(logging.INFO if adjusted else logging.WARNING, "%s%s", message, ", which is taken" * adjusted)
 
 
-def _said_in(answer: _Answer) -> str:
+def _all_text(answer: _Answer) -> str:
     return f"{answer.reasoning}{answer.text}"
 
 
@@ -4233,7 +4236,9 @@ def compare_costs(
             raise ValueError(
                 f"the shares of the mix {name!r} are not parts of 1: {', '.join(map(str, shares.values()))}"
             )
-        parts = {model: _part(share, input_tokens, output_tokens, prices.get(model)) for model, share in shares.items()}
+        parts = {
+            model: _share_cost(share, input_tokens, output_tokens, prices.get(model)) for model, share in shares.items()
+        }
         total = None if None in parts.values() else sum(filter(None, parts.values()), _exact(0))
         first = results[0].total if results else total
         saving = None if total is None or first is None else first - total
@@ -4242,7 +4247,7 @@ def compare_costs(
     return results
 
 
-def _part(share: Decimal, input_tokens: int, output_tokens: int, price: Price | None) -> Decimal | None:
+def _share_cost(share: Decimal, input_tokens: int, output_tokens: int, price: Price | None) -> Decimal | None:
     if price is None:
         return None
     return _spent((share * input_tokens, price.input), (share * output_tokens, price.output))
@@ -4664,7 +4669,7 @@ class Limiter:
                 position=None if user is None or not places else places[0],
             )
 
-    def heed(
+    def apply_headers(
         self, headers: Mapping[str, str], status: int = 200, *, origin: str = "", longest: float = _LONGEST_HOLD
     ) -> None:
         """Holds requests to ``origin`` back as long as its response demands, at most ``longest`` seconds
@@ -4865,11 +4870,11 @@ class _BoundLimiter(NamedTuple):
         user = self.user if user is None else user
         return self.limiter.acquire(priority, user, on_position=on_position or self.on_position)
 
-    def heed(
+    def apply_headers(
         self, headers: Mapping[str, str], status: int = 200, *, origin: str = "", longest: float = _LONGEST_HOLD
     ) -> None:
-        """``Limiter.heed``"""
-        self.limiter.heed(headers, status, origin=origin, longest=longest)
+        """``Limiter.apply_headers``"""
+        self.limiter.apply_headers(headers, status, origin=origin, longest=longest)
 
     def stats(self) -> LimiterStats:
         """``Limiter.stats`` of this user"""
@@ -4951,7 +4956,7 @@ class CircuitBreaker:
                 return "closed"
             return "open" if self._seconds_left(self._opened_at) > 0 else "half-open"
 
-    def enter(self) -> _Passage:
+    def enter(self) -> _Admission:
         """Lets one stream through, or raises CircuitOpenError
 
             with breaker.enter():
@@ -4962,7 +4967,7 @@ class CircuitBreaker:
         with self._lock:
             self.check()
             self._trying = self._opened_at is not None
-            return _Passage(self, self._round)
+            return _Admission(self, self._round)
 
     def check(self) -> None:
         """Raises CircuitOpenError where no stream is let through now"""
@@ -4996,7 +5001,7 @@ class CircuitBreaker:
                 self._round += 1
 
 
-class _Passage:
+class _Admission:
     """A stream that a CircuitBreaker has let through; only the first report of its end counts"""
 
     def __init__(self, breaker: CircuitBreaker, round: int) -> None:
@@ -5011,7 +5016,7 @@ class _Passage:
             return
         self._breaker._ended(round, success)
 
-    def __enter__(self) -> _Passage:
+    def __enter__(self) -> _Admission:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -5757,7 +5762,7 @@ def _require_event_stream(response: requests.Response, wire: _Wire) -> None:
 # raises StreamInterrupted: no text is returned twice.
 
 
-class _Ask(NamedTuple):
+class _HTTPRequest(NamedTuple):
     """One HTTP request"""
 
     method: str
@@ -5776,10 +5781,10 @@ class _Request(NamedTuple):
     params: Mapping[str, Any]
     stream: bool
 
-    def ask(self) -> _Ask:
+    def ask(self) -> _HTTPRequest:
         """The HTTP request for it"""
         body = self.dialect.body(self.messages, self.model, self.params, self.stream)
-        return _Ask("POST", self.dialect.url(self.base_url, self.model, self.stream), body)
+        return _HTTPRequest("POST", self.dialect.url(self.base_url, self.model, self.stream), body)
 
     def and_then(self, *messages: Mapping[str, Any], **params: Any) -> _Request:
         """The same request with more messages and options"""
@@ -5877,7 +5882,7 @@ class _Lost(NamedTuple):
 
     request: _Request
     #: the first HTTP request
-    ask: _Ask
+    ask: _HTTPRequest
     #: what was returned
     answer: _Answer
     #: the reader, in the state of the loss; None where another process read
@@ -5908,7 +5913,7 @@ class _Plan:
     #: what was returned, as far as the server has still to repeat it
     given: _Given | None = None
 
-    def __init__(self, ask: _Ask, dialect: Dialect) -> None:
+    def __init__(self, ask: _HTTPRequest, dialect: Dialect) -> None:
         self.ask, self.dialect = ask, dialect
 
     def place(self, event: ServerSentEvent) -> bool:
@@ -5924,7 +5929,7 @@ class _Plan:
         return ()
 
 
-def _new_dialect(request: _Request, ask: _Ask) -> Dialect:
+def _new_dialect(request: _Request, ask: _HTTPRequest) -> Dialect:
     return request.dialect(request.dialect.choices_asked(ask.body or {}))
 
 
@@ -5940,7 +5945,7 @@ def _streamed_again(lost: _Lost) -> _Plan | None:
     given = lost.given if lost.dialect else _Given(lost.answer)
     url = lost.request.dialect.replay_url(ask.url, ask.body or {}, lost.answer.id, lost.dialect)
     if url:
-        return _Repeated(_Ask("GET", url, None), reader, lost.answer, given)
+        return _Repeated(_HTTPRequest("GET", url, None), reader, lost.answer, given)
     if not lost.marks.cursor or not (lost.dialect or _joins(reader, lost.answer)):
         return None
     # a str would go out as latin-1, and requests refuses blanks at the ends, which HTTP does not keep
@@ -5958,7 +5963,7 @@ class _Repeated(_Plan):
 
     strategy, continuity, is_plain, resets_budget = "replay", "replayed", False, True
 
-    def __init__(self, ask: _Ask, dialect: Dialect, answer: _Answer, given: _Given | None) -> None:
+    def __init__(self, ask: _HTTPRequest, dialect: Dialect, answer: _Answer, given: _Given | None) -> None:
         super().__init__(ask, dialect)
         self._answer, self.given = answer, given
         #: whether the reader has read the whole answer: else the parts kept for the vendor are not whole
@@ -5985,7 +5990,7 @@ class _Poll(_Repeated):
 class _ByIds(_Repeated):
     """The events of the same generation after the cursor; the server may begin there, before it, or at the first one"""
 
-    def __init__(self, lost: _Lost, ask: _Ask, reader: Dialect, given: _Given | None) -> None:
+    def __init__(self, lost: _Lost, ask: _HTTPRequest, reader: Dialect, given: _Given | None) -> None:
         super().__init__(ask, reader, lost.answer, given)
         self._lost = lost
         self._has_all = lost.dialect is not None
@@ -6033,7 +6038,7 @@ def _poll(lost: _Lost) -> _Plan | None:
     url = lost.request.dialect.job_url(ask.url, ask.body or {}, lost.answer.id)
     if not url:
         return None
-    return _Poll(_Ask("GET", url, None), _new_dialect(lost.request, ask), lost.answer, _Given(lost.answer))
+    return _Poll(_HTTPRequest("GET", url, None), _new_dialect(lost.request, ask), lost.answer, _Given(lost.answer))
 
 
 class _Restart(_Plan):
@@ -6058,7 +6063,7 @@ class _Verified(_Plan):
 
     strategy, continuity, is_plain, is_billed, keeps_reader = "verify", "verified", False, True, False
 
-    def __init__(self, ask: _Ask, dialect: Dialect, answer: _Answer) -> None:
+    def __init__(self, ask: _HTTPRequest, dialect: Dialect, answer: _Answer) -> None:
         super().__init__(ask, dialect)
         self._before, self._has_calls = _Given(answer), bool(answer.tool_calls)
 
@@ -6105,7 +6110,7 @@ class _Given:
         if not self.is_behind:
             # the event cannot be a cursor: what was returned ends behind it
             missing = missing._replace(event_id="", usage=None)
-        return (missing,) if _says(missing) or missing.finish_reason or missing.usage else ()
+        return (missing,) if _has_content(missing) or missing.finish_reason or missing.usage else ()
 
     def _beyond(self, key: tuple[str, int], piece: str) -> str:
         given, at = self._texts[key], self._at[key]
@@ -6497,7 +6502,7 @@ class _Reading:
 
     def _take(self, chunk: Chunk, queue: collections.deque[_Came]) -> None:
         """Queues the new part of a chunk"""
-        self.said = self.said or _says(chunk)
+        self.said = self.said or _has_content(chunk)
         self._is_checked = False
         queue.extend([(new, [], self.usage) for new in self.plan.check(chunk)])
         self._is_checked = True
@@ -7666,7 +7671,7 @@ class _Sender:
         return _request_key([request.dialect.name, _url_without_keys(request.base_url), request.model, body])
 
     def send(
-        self, ask: _Ask, wire: _Wire, lost: SheepError | None = None, retries_time_outs: bool = True
+        self, ask: _HTTPRequest, wire: _Wire, lost: SheepError | None = None, retries_time_outs: bool = True
     ) -> requests.Response:
         """Returns a response with a status of success, after as many requests as the policy allows
 
@@ -7691,14 +7696,14 @@ class _Sender:
                     self.client._refusing.add(self.target.base_url)
                 return response
 
-    def _optional(self, ask: _Ask) -> dict[str, Any]:
+    def _optional(self, ask: _HTTPRequest) -> dict[str, Any]:
         """What the dialect adds to the caller's body, unless this server refused it before"""
         if ask.body is None or self.target.base_url in self.client._refusing:
             return {}
         optional = self.target.dialect.optional(self.request.stream)
         return {name: value for name, value in optional.items() if name not in ask.body}
 
-    def _sent(self, ask: _Ask, optional: Mapping[str, Any], wire: _Wire) -> requests.Response:
+    def _sent(self, ask: _HTTPRequest, optional: Mapping[str, Any], wire: _Wire) -> requests.Response:
         """The response to one request, whatever its status"""
         if wire.ended:
             raise StreamInterrupted("ended before it was sent")
@@ -7719,7 +7724,7 @@ class _Sender:
         }
         return self.client._send(self.target, wire, ask.method, ask.url, self.options.timeout[0], headers, data)
 
-    def _accepted(self, ask: _Ask, response: requests.Response, wire: _Wire) -> requests.Response:
+    def _accepted(self, ask: _HTTPRequest, response: requests.Response, wire: _Wire) -> requests.Response:
         """Returns the response where its status is a success, else raises its error"""
         self._secrets.hide_response(response)
         self.response = response
@@ -7728,7 +7733,7 @@ class _Sender:
         _log.debug("request %s: status %d", self.own_request_id, status)
         if isinstance(self.options.limiter, (Limiter, _BoundLimiter)):
             longest = self.options.retry.max_retry_after
-            self.options.limiter.heed(headers, status, origin=self.origin, longest=longest)
+            self.options.limiter.apply_headers(headers, status, origin=self.origin, longest=longest)
         if status == 204:
             raise InvalidStreamError(
                 f"expected an answer from {self.where}, got status 204, which has none", status=204
@@ -7851,7 +7856,7 @@ class Stream:
         self._is_over = False
         self._attempts_before = 0  # by senders before this one
         self._slot: ContextManager[object] | None = None  # of the limiter, while it is held
-        self._passage: _Passage | None = None  # through the breaker
+        self._passage: _Admission | None = None  # through the breaker
         self._use(senders[0], answer, marks)
 
     def _use(self, sender: _Sender, answer: _Answer, marks: _Marks) -> None:
@@ -8121,7 +8126,7 @@ class Stream:
         saved = next(self._saved, None)
         if saved is not None:
             self._is_event_whole = True
-            self._clock.note(saved, _says(saved), time.monotonic())
+            self._clock.note(saved, _has_content(saved), time.monotonic())
             return saved
         if not self._queue and not self._fill():
             self._complete()
@@ -8165,7 +8170,9 @@ class Stream:
         """Whether the answer is whole, and no piece of it is in the queue"""
         if self._is_cached:
             return True
-        return (self._is_whole or self._plan.dialect.whole) and not any(_says(chunk) for chunk, _, _ in self._queue)
+        return (self._is_whole or self._plan.dialect.whole) and not any(
+            _has_content(chunk) for chunk, _, _ in self._queue
+        )
 
     def _confirmed_chunks(self) -> Iterator[Chunk]:
         """The chunks of a checkpoint, which are returned once the new connection has given its first chunk"""
@@ -9531,11 +9538,25 @@ def _progress(progress: bool | Callable[[Result], object] | None, total: int | N
 # 13. Relay: chunks to browser-facing SSE, on any WSGI server, over lost connections. May use: Batch and above
 # ============================================================================================================
 
-#: the headers of an event stream, as no cache and no proxy holds it back; none is hop-by-hop, which WSGI forbids
+# Read here when a browser misses events, or gets them twice.
+#
+# A Relay is the iterator that a WSGI server sends. The producer is a _Production: one thread that reads a Stream and
+# writes its events to a sink. Without a journal, the sink is a _Pipe to the one client. With a journal, it is a log in
+# a store, a _Folder or a _Redis, that any process may follow: a follower reads it by a _Tail, after the number in
+# Last-Event-ID. Events are numbered without gaps, and only the holder of the lock (or of the lease in Redis) writes.
+#
+# One watcher thread (_Relaying) looks for clients that left, stop marks, and lines of other processes. A client that
+# leaves ends its stream, at once without a journal, else after ``grace`` seconds. A producer that dies loses its lock:
+# followers notice, and get "interrupted" without an id. A POST with Last-Event-ID then takes the stream over: this
+# process reads the journal (_journaled), and resumes upstream by the strategies of section 9.
+#
+# _Routes holds the routes: origin, user, fields of the request, then a stream, a follower or a takeover.
+
+#: the headers of an event stream that no cache and no proxy holds back; WSGI forbids hop-by-hop headers
 SSE_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",  # nginx holds an answer back to its end without it
+    "X-Accel-Buffering": "no",  # without it, nginx holds an answer back to its end
 }
 
 #: by the code of an error the status it has for a browser, and what that is told: an error's own words may hold
@@ -9564,7 +9585,7 @@ _PUBLIC = {
 
 
 def _public(code: str, retry_after: float | None = None) -> dict[str, Any]:
-    """An error as a browser is told it"""
+    """The code and message of an error for a browser"""
     told: dict[str, Any] = {"code": code, "message": _PUBLIC[code][1]}
     if retry_after is not None:
         told["retry_after"] = round(retry_after, 3)
@@ -9572,7 +9593,7 @@ def _public(code: str, retry_after: float | None = None) -> dict[str, Any]:
 
 
 def _public_code(error: Exception) -> str:
-    """The code of an error, if it is one of ours: a vendor's own code may hold anything"""
+    """The code of an error, if it is one of sheepsse: the code of a vendor may hold anything"""
     code = getattr(type(error), "code", "")
     return code if code in _PUBLIC else "INTERNAL_ERROR"
 
@@ -9582,12 +9603,12 @@ class _Event(NamedTuple):
 
     name: str
     data: str
-    #: its place in the stream, from 1; None has none, for it is no part of what is kept
+    #: its number in the stream, from 1; None for an event that is not kept
     number: int | None = None
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing can follow it"""
+        """Whether no event can follow"""
         return self.number is not None and self.name in ("done", "failed", "interrupted")
 
     def encoded(self, stream_id: str) -> bytes:
@@ -9595,21 +9616,21 @@ class _Event(NamedTuple):
         return encode_event(ServerSentEvent(self.name, self.data, id))
 
 
-#: events before they have a number: names and what JSON can carry, or JSON already
+#: events without a number: names, and data for JSON or JSON itself
 _Named = Sequence["tuple[str, Any]"]
 
 
-# made once: json.dumps makes one for each event
+# made once: json.dumps makes an encoder for each event
 _to_ascii_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _data(content: Any) -> str:
-    """What an event carries, as JSON in ASCII, in which nothing can end a line"""
+    """The data of an event as JSON in ASCII, without line ends"""
     return content if isinstance(content, str) else _to_ascii_json(content)
 
 
 class _NamedEvents:
-    """How a stream is told to a page: an event's name says what its data is"""
+    """The events for a page: the name of an event says what its data is"""
 
     def chunk(self, chunk: Chunk) -> _Named:
         which = {"index": chunk.index} if chunk.index else {}
@@ -9627,7 +9648,7 @@ class _NamedEvents:
 
 
 def _chunk_of_event(name: str, data: Any) -> Chunk:
-    """What a named event was made of"""
+    """The Chunk that a named event was made of"""
     data = json.loads(data)
     if name == "tool_calls":
         return Chunk(tool_calls=tuple(ToolCall(**call) for call in data["tool_calls"]))
@@ -9636,18 +9657,18 @@ def _chunk_of_event(name: str, data: Any) -> Chunk:
 
 
 class _CompletionEvents:
-    """How a stream is told to a client of OpenAI's Chat Completions
+    """The chunks for a client of OpenAI's Chat Completions
 
     https://platform.openai.com/docs/api-reference/chat-streaming
     """
 
-    #: a typed client takes no other words
+    #: typed clients accept no other words
     _FINISH = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "refusal": "content_filter"}
 
     def __init__(self, usage: bool = False) -> None:
         self._common: dict[str, Any] = {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": "chat.completion.chunk"}
         self._common.update(created=int(time.time()), model="")
-        if usage:  # then each chunk has it, null in all but the last
+        if usage:  # then all chunks have it, null before the last
             self._common["usage"] = None
         self._begun: set[int] = set()
 
@@ -9670,9 +9691,9 @@ class _CompletionEvents:
 
     @staticmethod
     def _tool_call(call: ToolCall) -> dict[str, Any]:
-        if not (call.id or call.name):  # a further part of its arguments
+        if not (call.id or call.name):  # more of its arguments
             return {"index": call.index, "function": {"arguments": call.arguments}}
-        id = call.id or f"call_{os.urandom(8).hex()}"  # Gemini's and Ollama's may have none, and a result must name one
+        id = call.id or f"call_{os.urandom(8).hex()}"  # Gemini and Ollama may send none, and a result must name one
         function = {"name": call.name, "arguments": call.arguments}
         return {"index": call.index, "id": id, "type": "function", "function": function}
 
@@ -9698,38 +9719,38 @@ class _CompletionEvents:
         }
 
 
-#: how often the watcher looks, in seconds
+#: seconds between two looks of the watcher
 _LOOK_EVERY = 0.025
-#: how often it looks at what costs more, and says that somebody follows a stream of another process
+#: seconds between two costly looks, and between two marks that a stream of another process is followed
 _LOOK_CLOSER_EVERY = 0.25
 
 
 class _Relaying:
-    """What this process relays, and the one thread that looks after it while there is any"""
+    """The streams this process serves, and the thread that watches them"""
 
     def __init__(self) -> None:
         self.reset()
 
     def forget(self) -> None:
-        """In a process that was forked: what is relayed is its parent's, and a lock held here would outlive that"""
+        """In a forked process: the streams belong to the parent, and a lock that was held would stay held"""
         productions = list(self.productions.values())
         self.reset()
         for production in productions:
             production.sink.forget()
 
     def reset(self) -> None:
-        self.lock = threading.RLock()  # what is added may start the watcher
-        #: set also by a signal handler, which must not take a lock: the watcher does what follows of it
+        self.lock = threading.RLock()  # adding a stream may start the watcher
+        #: a signal handler may set this, and must not take a lock: the watcher does the rest
         self.draining = False
         self.productions: dict[str, _Production] = {}
-        self.relays: weakref.WeakSet[Relay] = weakref.WeakSet()  # one that is dropped ends its stream
-        #: of relays that were collected, in the midst of whatever, where no lock must be taken
+        self.relays: weakref.WeakSet[Relay] = weakref.WeakSet()  # a dropped relay ends its stream
+        #: of relays that were collected, at any moment, when no lock may be taken
         self.dropped: collections.deque[tuple[_Pipe | _FileTail | _RedisTail, _Production | None]] = collections.deque()
         self._tails: dict[str, list[_FileTail]] = {}
         self._watcher: threading.Thread | None = None
 
     def add(self, charge: Relay | _Production) -> None:
-        """Has somebody looked after: ``look()`` is called until it is removed"""
+        """Watches an object: ``look()`` is called until it is removed"""
         with self.lock:
             if isinstance(charge, Relay):
                 self.relays.add(charge)
@@ -9744,16 +9765,16 @@ class _Relaying:
         with self.lock:
             if isinstance(charge, Relay):
                 self.relays.discard(charge)
-            elif self.productions.get(charge.id) is charge:  # its stream may have another one already
+            elif self.productions.get(charge.id) is charge:  # its stream may have another production already
                 del self.productions[charge.id]
 
     def follow(self, id: str, tail: _FileTail) -> None:
-        """Has a tail rung for each event that a producer of this process writes"""
+        """Rings a tail for each event that a producer of this process writes"""
         with self.lock:
             self._tails.setdefault(id, []).append(tail)
 
     def unfollow(self, id: str, tail: _FileTail) -> None:
-        with self.lock, contextlib.suppress(KeyError, ValueError):  # after a fork it is its parent's
+        with self.lock, contextlib.suppress(KeyError, ValueError):  # after a fork, the tail belongs to the parent
             self._tails[id].remove(tail)
             if not self._tails[id]:
                 del self._tails[id]
@@ -9775,31 +9796,30 @@ class _Relaying:
                     self._watcher = None
                     return
             if not threading.main_thread().is_alive():
-                self.draining = True  # the process waits for the threads that serve, and they for their streams
+                self.draining = True  # the process waits for serving threads, and they wait for their streams
             for charge in charges:
                 try:
                     if self.draining:
                         charge.interrupt("SHUTTING_DOWN")
                     charge.look()
-                except Exception:  # of one is no reason to leave the others alone
+                except Exception:  # an error of one must not stop the others
                     _log.exception("stream %s cannot be looked after any more", charge.id)
                     self.remove(charge)
                     if isinstance(charge, _Production):
                         charge.stop("INTERNAL_ERROR")
-            del charges[:], charge  # a relay that is held here is not collected
+            del charges[:], charge  # references here would keep a relay alive
             time.sleep(_LOOK_EVERY)
 
 
 def drain(timeout: float = 5) -> bool:
-    """Ends all that this process relays with a terminal event, and refuses more; for a server that goes down
+    """Ends all streams that this process relays with a terminal event, and refuses new ones; for a server that stops
 
-    A stream that is kept can be carried on by another process: its page is told ``interrupted``. Waits up to
-    ``timeout`` seconds, and gives whether all has ended. Happens at exit anyway, but a server that is told to end
-    (SIGTERM) may wait for its streams first: call it then, in a signal handler with 0, for that may hold up the thread
-    which serves.
+    Another process can take over a stream with a journal: its page gets ``interrupted``. Waits up to ``timeout``
+    seconds, and returns whether all streams have ended. This happens at exit, too. But on SIGTERM a server may wait for
+    its streams first: call drain() then, with 0 in a signal handler, which may block the serving thread.
     """
     _relaying.draining = True
-    # a relay is gone when its server has sent the last event, and closed it
+    # a relay is gone once its server has sent the last event and closed the relay
     return _ended(lambda: not _relaying.productions and not len(_relaying.relays), timeout)
 
 
@@ -9813,7 +9833,7 @@ def _ended(is_over: Callable[[], bool], timeout: float) -> bool:
 
 
 def _end_at_exit() -> None:
-    """Journals say how their streams ended; the threads that served them have ended already"""
+    """Writes the end of each stream into its journal; the serving threads have ended already"""
     _relaying.draining = True
     _ended(lambda: not _relaying.productions, 2)
 
@@ -9824,30 +9844,30 @@ def _register_at_exit() -> None:
 
 
 class _Production:
-    """A stream that is read in a thread of its own, and told to a sink, whoever listens"""
+    """The producer: reads a stream in a thread of its own, and writes its events to a sink"""
 
     def __init__(self, id: str, sink: _Pipe | _FileLog | _RedisLog, speaker: _NamedEvents | _CompletionEvents) -> None:
         self.id = id
         self.sink = sink
         self.request_id = ""
         self.owner = ""
-        #: seconds for which it goes on without a follower; None until it has one
+        #: seconds that it runs without a follower; None until it has one
         self._grace: float | None = None
         self.traffic: _Traffic | None = None
-        #: whether an error before the first event may be raised by start(), not told to the sink
+        #: whether start() may raise an error before the first event, instead of an event
         self.may_refuse = True
         self.refusal: SheepError | None = None
-        self.begun = threading.Event()  # something was given, or it has ended
+        self.begun = threading.Event()  # set with the first event, or at the end
         self._speaker = speaker
         self._stream: Stream | None = None
         self._lock = threading.Lock()
-        self._stopped = ""  # the code that says why
-        self._has_said = False  # whether a piece of the answer was given
+        self._stopped = ""  # the code of the reason
+        self._has_said = False  # whether a piece of the answer was written
         self._bytes = 0
-        self._heard_at = 0.0  # somebody followed it
+        self._heard_at = 0.0  # the last moment with a follower
 
     def start(self, stream: Stream) -> None:
-        """Begins to read, in a daemon: a process that ends does not wait for a model"""
+        """Begins to read, in a daemon thread: a process that exits does not wait for a model"""
         self._stream = stream
         stream._report_position(self.queued)
         self.request_id = self.request_id or stream.request_id
@@ -9864,12 +9884,12 @@ class _Production:
             raise self.refusal from error
 
     def give_up(self, name: str, code: str) -> None:
-        """Says that the stream has ended, and will not go on"""
+        """Ends a stream that was not started"""
         self._put(self._speaker.end(name, {**_public(code), "request_id": self.request_id}, None))
         self._end_sink()
 
     def await_first(self, seconds: float) -> None:
-        """Waits for the first event; raises the error that came instead of it"""
+        """Waits for the first event; raises the error that came instead"""
         self.begun.wait(seconds)
         with self._lock:
             self.may_refuse = False
@@ -9887,12 +9907,12 @@ class _Production:
             self._stream.cancel()
 
     def attended(self, grace: float) -> None:
-        """From now on somebody must follow it, but for so many seconds"""
-        # those of other processes say that they follow so often, and might be taken for gone between
+        """From now on, the stream must have a follower, except for this many seconds"""
+        # followers of other processes mark this often that they follow, and must not count as gone between
         self._heard_at, self._grace = time.monotonic(), max(grace, 2 * _LOOK_CLOSER_EVERY)
 
     def queued(self, place: int) -> None:
-        """Tells the place in the queue of the limiter"""
+        """Writes the position in the queue of the limiter"""
         self._put(self._speaker.queued(place))
 
     def _read(self, stream: Stream) -> None:
@@ -9939,12 +9959,12 @@ class _Production:
             self.begun.set()
 
     def _end(self, stream: Stream, name: str, told: Mapping[str, Any]) -> None:
-        """The last event of all"""
+        """Writes the last event"""
         facts = {**told, "request_id": self.request_id, **_facts(stream, self._bytes)}
         self._put(self._speaker.end(name, facts, stream.usage))
 
     def _fail(self, stream: Stream, error: Exception) -> str:
-        """Says why there is no more, and gives what came of the stream, for the statistics"""
+        """Writes why the stream failed, and returns its outcome for the statistics"""
         told = _public(_public_code(error), getattr(error, "retry_after", None))
         with self._lock:
             if self.may_refuse and not (self.begun.is_set() or self._stopped) and isinstance(error, SheepError):
@@ -9955,7 +9975,7 @@ class _Production:
                 self._interrupt(_public(self._stopped))
             elif isinstance(error, StreamCancelled):
                 self._end(stream, "interrupted", _public("CANCELLED"))
-            elif self.sink.resumed is not None and not self._has_said:  # what is kept stays open to another try
+            elif self.sink.resumed is not None and not self._has_said:  # the journal stays open to another attempt
                 self._interrupt(told, tried=True)
             else:
                 self._end(stream, "failed", told)
@@ -9964,12 +9984,12 @@ class _Production:
         return "aborted" if self._stopped else "failed"
 
     def _interrupt(self, told: Mapping[str, Any], tried: bool = False) -> None:
-        """Says that it has ended here, and may go on elsewhere; ``tried`` if it was to go on here"""
+        """Writes that the stream ended here and may be taken over; ``tried`` for a takeover that failed"""
         events = self._speaker.end("interrupted", {**told, "request_id": self.request_id}, None)
         self.sink.interrupt([(name, _data(content)) for name, content in events], tried)
 
     def look(self) -> None:
-        """Whether somebody wants it ended, or nobody wants it any more"""
+        """Stops the stream where that was requested, or where it has no follower any more"""
         now = time.monotonic()
         if _relaying.is_followed(self.id):
             self._heard_at = now
@@ -9989,12 +10009,12 @@ class _Production:
 
 
 def _own_event_id(chunk: Chunk, stream: Stream) -> str:
-    """The id of the upstream event that a chunk is of, "" where that came without one of its own"""
+    """The id of the upstream event of a chunk, "" where the event has none of its own"""
     return chunk.event_id if stream._has_own_id else ""
 
 
 def _facts(stream: Stream, size: int) -> dict[str, Any]:
-    """What a page is told of a stream at its end; seconds, and bytes of the events"""
+    """The data of the last event; seconds, and bytes of the events"""
     stats, cost = stream.stats, stream.cost
     return {
         "model": stream.model,
@@ -10012,11 +10032,11 @@ def _facts(stream: Stream, size: int) -> dict[str, Any]:
 
 
 class _Pipe:
-    """Events from a production to the one client there is: some wait, then the production does"""
+    """The events for a single client: a number of them are buffered, then the production waits"""
 
-    #: events that may wait
+    #: events in the buffer at most
     _MOST = 256
-    resumed = None  # nothing is kept of which it could go on
+    resumed = None  # nothing is kept to resume from
 
     def __init__(self, patience: float) -> None:
         self._events: collections.deque[_Event] = collections.deque()
@@ -10039,7 +10059,7 @@ class _Pipe:
     def _add(self, event: _Event) -> None:
         with self._changed:
             if not self._changed.wait_for(lambda: self._left or len(self._events) < self._MOST, self._patience):
-                self._left = True  # it has not gone, but takes nothing
+                self._left = True  # the client has not gone, but reads nothing
                 raise StreamCancelled(f"the client has taken nothing for {self._patience} seconds")
             if not self._left:
                 self._events.append(event)
@@ -10051,10 +10071,10 @@ class _Pipe:
             self._changed.notify_all()
 
     def discard(self) -> None:
-        """Nothing is kept"""
+        """Nothing to remove"""
 
     def forget(self) -> None:
-        """Nothing is held"""
+        """Nothing to release"""
 
     def look(self) -> tuple[bool, bool]:
         return False, True
@@ -10062,7 +10082,7 @@ class _Pipe:
     # For the relay
 
     def read(self, timeout: float) -> list[_Event] | None:
-        """Some events, none if there is none in time; None at the end"""
+        """The next events, none after the time limit; None at the end"""
         with self._changed:
             self._changed.wait_for(lambda: self._left or self._ended or self._events, timeout)
             events = [] if self._left else list(self._events)
@@ -10071,13 +10091,13 @@ class _Pipe:
             return events or (None if self._left or self._ended else [])
 
     def cut(self, told: str) -> None:
-        """The production says itself why it ends"""
+        """The production writes why it ends"""
 
     def look_on(self) -> None:
-        """There is nothing to look for: the production rings"""
+        """Nothing to look for: the production rings"""
 
     def leave(self) -> None:
-        """Nobody reads any more: what waits is given up, and the production does not wait"""
+        """The reader has gone: the buffer is dropped, and the production does not wait"""
         with self._changed:
             self._left = True
             self._changed.notify_all()
@@ -10090,20 +10110,20 @@ class _Pipe:
 
 
 class _Journaled(NamedTuple):
-    """What is kept of a stream whose producer has gone"""
+    """The journal of a stream whose producer has gone"""
 
     header: Mapping[str, Any]
-    #: how many events there are
+    #: the number of events
     number: int
     is_final: bool
-    #: where to go on, None where there is nothing yet
+    #: where to resume; None without a chunk
     point: ResumePoint | None
-    #: how often it was to go on since its last event, in vain
+    #: takeovers since the last event, all in vain
     tries: int
 
 
 def _journaled(contents: Sequence[Mapping[str, Any]]) -> _Journaled:
-    """What the lines of a journal say: its header, then events, and what else was said of the answer"""
+    """Reads the lines of a journal: a header, then events and other parts of the answer"""
     answer, ids, number, is_final, tries = _Answer(), [], 0, False, 0
     for line in contents[1:]:
         if "interrupted" in line:
@@ -10115,14 +10135,14 @@ def _journaled(contents: Sequence[Mapping[str, Any]]) -> _Journaled:
             is_final = _Event(line["event"], "", number).is_final
             chunk = _chunk_of_event(line["event"], line["data"])
         answer.add(chunk._replace(event_id=line.get("from", "")))
-        ids.append(line.get("from"))  # the last line alone of those that came of one event of upstream
+        ids.append(line.get("from"))  # only the last line of an upstream event has its id
     known = [id for id in ids if id is not None]
     marks = _marks_of(known) if ids and ids[-1] is not None else []
     return _Journaled(contents[0], number, is_final, answer.resume_point(marks) if answer.given else None, tries)
 
 
 def _interruption(events: Sequence[tuple[str, str]], tried: bool) -> dict[str, Any]:
-    """The line that says why there is no more for now; no event of the stream, which may go on"""
+    """The line for an interruption; it is no event, for the stream may be taken over"""
     ((_, told),) = events
     return {"interrupted": told, **({"tried": True} if tried else {})}
 
@@ -10130,7 +10150,7 @@ def _interruption(events: Sequence[tuple[str, str]], tried: bool) -> dict[str, A
 def _lines_of(
     events: Sequence[tuple[str, str]], chunk: Chunk | None, source: str | None, known: set[str]
 ) -> list[dict[str, Any]]:
-    """The lines that keep events, and what else the chunk says that they came of; ``known`` has what was kept"""
+    """The lines for the events of a chunk, and for its other parts; ``known`` holds the parts that were written"""
     lines: list[dict[str, Any]] = []
     if chunk is not None:
         said = {name: getattr(chunk, name) for name in ("id", "model") if name not in known and getattr(chunk, name)}
@@ -10147,10 +10167,10 @@ def _lines_of(
 
 
 class _Log:
-    """Events from a production to where any process may follow them"""
+    """The events of a production, where any process may follow them"""
 
     def __init__(self, resumed: _Journaled | None) -> None:
-        #: what was there, where this goes on with it
+        #: the journal that this log continues, or None
         self.resumed = resumed
         self._known: set[str] = set()
 
@@ -10161,19 +10181,19 @@ class _Log:
         self.write([_interruption(events, tried)])
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps lines; CheckpointError where that cannot be"""
+        """Appends lines; CheckpointError where it cannot"""
 
 
 class _Tail:
-    """The events of a log as they are written, by whichever process"""
+    """The events of a log, as any process writes them"""
 
     def __init__(self) -> None:
         self._number = 0
-        self._events: list[_Event] = []  # that came, and were not given yet
-        self._interrupted = ""  # what the log says of that, after the last event
-        self._cut = ""  # what this process says of it
+        self._events: list[_Event] = []  # read, and not returned yet
+        self._interrupted = ""  # by the log, after the last event
+        self._cut = ""  # by this process
         self._left = False
-        #: whether the last event was given, or there is none to come
+        #: whether no event follows
         self.is_over = False
 
     def _note(self, line: Mapping[str, Any]) -> None:
@@ -10185,27 +10205,27 @@ class _Tail:
         self._interrupted = line.get("interrupted", self._interrupted)
 
     def _given(self) -> list[_Event]:
-        """The events that came"""
+        """Returns the events that were read"""
         events, self._events = self._events, []
         self.is_over = events[-1].is_final
         return events
 
     def _interruption(self) -> list[_Event]:
-        """What is said where there are no more, and was no last one"""
+        """The event for an end without a last event"""
         self.is_over = True
         return [_Event("interrupted", self._cut or self._interrupted or _data(_public("PRODUCER_LOST")))]
 
     def cut(self, told: str) -> None:
-        """This process goes down"""
+        """This process stops"""
         self._cut = told
 
     def leave(self) -> None:
-        """Nobody reads any more"""
+        """The reader has gone"""
         self._left = True
 
 
 class _FileLog(_Log):
-    """Events from a production to a file"""
+    """The events of a production, in a file"""
 
     def __init__(self, id: str, lines: _Lines, mark: str, resumed: _Journaled | None = None) -> None:
         super().__init__(resumed)
@@ -10215,24 +10235,24 @@ class _FileLog(_Log):
         self._seen: int | None = None
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        for line in lines:  # each by a write of its own: of one that fails nothing must have been read
+        for line in lines:  # one write each: nothing of a failed write may have been read
             self._lines.write([line])
             _relaying.ring(self._id)
 
     def forget(self) -> None:
-        """The lock is of the process that has it; a copy of its file must not keep it"""
+        """Closes the copy of a fork, which would keep the lock"""
         self._lines.close()
 
     def end(self) -> None:
         self._lines.close()
 
     def discard(self) -> None:
-        """Removes what nobody knows of"""
+        """Removes a log that nobody knows of"""
         self._lines.remove()
         os.unlink(self._mark)
 
     def look(self) -> tuple[bool, bool]:
-        """Whether somebody asked to stop, and whether a process has said of late that it follows"""
+        """Whether a stop was requested, and whether a process has marked of late that it follows"""
         try:
             mark = os.stat(self._mark, follow_symlinks=False)
         except FileNotFoundError:
@@ -10242,7 +10262,7 @@ class _FileLog(_Log):
 
 
 class _FileTail(_Tail):
-    """The events of a file as they are written"""
+    """The events of a file, as they are written"""
 
     def __init__(self, id: str, file: io.FileIO, path: str, mark: str) -> None:
         super().__init__()
@@ -10251,7 +10271,7 @@ class _FileTail(_Tail):
         self._file = file
         self._path = path
         self._mark = mark
-        self._size = self._checksum = 0  # of what was read
+        self._size = self._checksum = 0  # of the lines that were read
         self._looked_at = 0.0
         headers = self._read_lines()
         self.header: Mapping[str, Any] = headers[0] if headers else {}
@@ -10260,7 +10280,7 @@ class _FileTail(_Tail):
         _relaying.follow(id, self)
 
     def _read_lines(self) -> list[Any]:
-        """The whole lines of the next block; a torn one may be cut off and written anew"""
+        """The whole lines of the next block; a torn line may be cut off and written anew"""
         size = _BLOCK
         block = os.pread(self._file.fileno(), size, self._size)
         while len(block) == size and b"\n" not in block:
@@ -10274,7 +10294,7 @@ class _FileTail(_Tail):
         return contents
 
     def skip(self, after: int) -> bool:
-        """Leaves out the events up to one; whether there is that one"""
+        """Skips the events up to a number; False where that event is missing"""
         while self._number < after:
             self._events.clear()
             self._fill()
@@ -10287,11 +10307,11 @@ class _FileTail(_Tail):
         return True
 
     def read(self, timeout: float) -> list[_Event] | None:
-        """Some events, none if there is none in time; None at the end"""
+        """The next events, none after the time limit; None at the end"""
         until = time.monotonic() + timeout
         while not (self._left or self.is_over):
             self.bell.clear()
-            is_dead = self._cut or self._is_dead()  # asked before reading: what it wrote last is read then
+            is_dead = self._cut or self._is_dead()  # before reading: then its last lines are read, too
             self._fill()
             if self._events:
                 return self._given()
@@ -10302,13 +10322,13 @@ class _FileTail(_Tail):
         return None
 
     def has_ended(self) -> bool:
-        """Whether nothing is to come but that, unless somebody goes on with it"""
+        """Whether nothing follows, unless the stream is taken over"""
         is_dead = self._is_dead()
         self._fill()
         return self.is_over or (is_dead and not self._events)
 
     def _fill(self) -> None:
-        """Takes the next events there are, where none waits"""
+        """Reads the next events, where none is left"""
         size = -1
         while not self._events and size != self._size:
             size = self._size
@@ -10316,7 +10336,7 @@ class _FileTail(_Tail):
                 self._note(line)
 
     def _is_dead(self) -> bool:
-        """Whether nobody writes: a producer holds the lock, which ends with its process, however that ends"""
+        """Whether the producer is dead: it holds a lock, which ends with its process"""
         return self._id not in _relaying.productions and _is_free(self._file)
 
     def cut(self, told: str) -> None:
@@ -10324,7 +10344,7 @@ class _FileTail(_Tail):
         self.bell.set()
 
     def look_on(self) -> None:
-        """Rings for what another process has written; tells its producer that somebody follows"""
+        """Rings for lines of another process, and marks for its producer that the stream is followed"""
         if self._id in _relaying.productions or self._left:
             return
         if os.fstat(self._file.fileno()).st_size > self._size:
@@ -10348,7 +10368,7 @@ class _FileTail(_Tail):
 
 
 def _is_free(file: io.FileIO) -> bool:
-    """Whether nobody has locked a file to write"""
+    """Whether a file has no writer"""
     import fcntl
 
     try:
@@ -10360,12 +10380,12 @@ def _is_free(file: io.FileIO) -> bool:
 
 
 def _make_mark(mark: str) -> None:
-    """Makes the file by which others ask to stop, and say that they follow, unless it is there"""
+    """Makes the file in which other processes request a stop, and mark that they follow"""
     _created(mark).close()
 
 
 class _Folder:
-    """Streams as files in a folder, for all processes of a machine"""
+    """A store of streams: files in a folder, for all processes of a machine"""
 
     def __init__(self, folder: str | os.PathLike[str], max_age: float) -> None:
         try:
@@ -10394,7 +10414,7 @@ class _Folder:
         return _FileLog(id, lines, mark)
 
     def take_over(self, id: str) -> _FileLog | None:
-        """The log of a stream whose producer has gone; None where another has it, or all is there"""
+        """The log of a stream whose producer has gone; None where another process has it, or it is complete"""
         path, mark = self._paths(id)
         file = self._locked(path)
         if file is None:
@@ -10415,7 +10435,7 @@ class _Folder:
         return None
 
     def _locked(self, path: str) -> io.FileIO | None:
-        """The file for one who writes; None where another does"""
+        """The file for a writer; None where there is another writer"""
         while True:
             try:
                 return _locked(path, os.O_RDWR | os.O_APPEND)
@@ -10424,7 +10444,7 @@ class _Folder:
                     raise
                 file = _opened(path, os.O_RDONLY)
                 if file is not None:
-                    with file:  # perhaps a follower was just looking whether it is free
+                    with file:  # perhaps a follower was just testing the lock
                         if not _is_free(file):
                             return None
 
@@ -10440,14 +10460,14 @@ class _Folder:
             raise
 
     def stop(self, id: str) -> None:
-        """Asks the producer to stop, whichever process that is"""
+        """Requests that the producer stop, in any process"""
         mark = _opened(self._paths(id)[1], os.O_RDWR | os.O_APPEND)
         if mark is not None:
             with mark:
                 mark.write(b"stop")
 
     def _expire(self) -> None:
-        """Removes what was written last too long ago, and is not being written"""
+        """Removes old streams that have no writer"""
         now = time.time()
         if now - self._expired_at < 60:
             return
@@ -10463,7 +10483,7 @@ class _Folder:
                     os.unlink(mark)
 
     def _expired(self, path: str, now: float) -> io.FileIO | None:
-        """A file that is to be removed, locked"""
+        """The file of an old stream, locked; None where it is to stay"""
         try:
             is_old = now - os.stat(path).st_mtime >= self._max_age
             return _locked(path, os.O_RDWR | os.O_APPEND) if is_old else None
@@ -10475,15 +10495,14 @@ class _Folder:
 
 
 class _RedisLog(_Log):
-    """Events from a production to a Redis stream
+    """The events of a production, in a Redis stream
 
-    It writes as long as it is the owner, which it says again and again: one that was taken for dead, and whose stream
-    another goes on with, is refused. An entry's id is the number of its event, and what is no event comes after it
-    (https://redis.io/docs/latest/commands/xadd/), so that what was written already, when the reply was lost, can be
-    written again.
+    A production writes while it is the owner, which it renews again and again. A production that was taken for dead,
+    and whose stream another process took over, is refused. The id of an entry is the number of its event, and other
+    lines come after it (https://redis.io/docs/latest/commands/xadd/): a line whose reply was lost can be written again.
     """
 
-    #: seconds for which a producer is taken for alive after it last said so
+    #: seconds for which a producer counts as alive after it renewed its lease
     LEASE = 1.0
     _WRITE = """
         local owner = redis.call('get', KEYS[2])
@@ -10507,14 +10526,14 @@ class _RedisLog(_Log):
         super().__init__(resumed)
         self.key = _redis_key(id)
         self.seen: Any = None
-        #: what the last look of the store has found: whether it is the owner, whether to stop, who follows
+        #: the result of the last look of the store: owner or not, stop or not, followed or not
         self.found: tuple[Any, Any, Any] = 1, None, None
         self._store = store
         self._token = token
         self._number, self._part = map(int, last.split("-"))
 
     def arguments(self, *lines: str) -> tuple[Any, ...]:
-        """Of a script that says it is alive, and writes lines with their ids"""
+        """The arguments of the script that renews the lease and writes lines"""
         lease = math.ceil(self.LEASE * 1000)
         return self._WRITE, 2, self.key, f"{self.key}:owner", self._token, lease, self._store.max_age, *lines
 
@@ -10537,10 +10556,10 @@ class _RedisLog(_Log):
             self._store.redis.delete(self.key)
 
     def forget(self) -> None:
-        """Redis knows of the owner alone"""
+        """Nothing to close: Redis knows only the owner"""
 
     def look(self) -> tuple[bool, bool]:
-        """Whether somebody asked to stop, and whether a process has said of late that it follows"""
+        """Whether a stop was requested, and whether a process has marked of late that it follows"""
         self._store.look()
         is_owner, stop, seen = self.found
         if not is_owner:
@@ -10550,7 +10569,7 @@ class _RedisLog(_Log):
 
 
 class _RedisTail(_Tail):
-    """The events of a Redis stream as they are written"""
+    """The events of a Redis stream, as they are written"""
 
     _WAIT = 0.1
 
@@ -10564,7 +10583,7 @@ class _RedisTail(_Tail):
         self._seen_at = 0.0
 
     def skip(self, after: int) -> bool:
-        """Leaves out the events up to one; whether there is that one"""
+        """Skips the events up to a number; False where that event is missing"""
         if not after:
             return True
         found = _asked_again(lambda: self._redis.xrange(self._key, f"{after}-0", f"{after}-0"))
@@ -10575,13 +10594,13 @@ class _RedisTail(_Tail):
         return bool(found)
 
     def has_ended(self) -> bool:
-        """Whether nothing is to come but that, unless somebody goes on with it"""
+        """Whether nothing follows, unless the stream is taken over"""
         is_alive = _asked_again(lambda: self._redis.exists(f"{self._key}:owner"))
         _asked_again(self._take)
         return self.is_over or not (is_alive or self._events)
 
     def read(self, timeout: float) -> list[_Event] | None:
-        """Some events, none if there is none in time; None at the end"""
+        """The next events, none after the time limit; None at the end"""
         until = time.monotonic() + timeout
         while not (self._left or self.is_over):
             _asked_again(self._await)
@@ -10594,7 +10613,7 @@ class _RedisTail(_Tail):
         return None
 
     def _await(self) -> None:
-        """Takes what comes within a while; where nothing does, looks whether it still may"""
+        """Waits for events a while; without any, tests whether the producer is alive"""
         self._say_that_it_follows()
         came = self._events or self._redis.xread({self._key: self._last}, count=1, block=math.ceil(self._WAIT * 1000))
         if not came:
@@ -10606,7 +10625,7 @@ class _RedisTail(_Tail):
         for id, fields in self._redis.xrange(self._key, f"({self._last}", count=100):
             line, last = _line_of(fields), _text_of(id)
             if "event" in line and not last.startswith(f"{self._number + 1}-"):
-                if self._events:  # first those before it
+                if self._events:  # events before it come first
                     return
                 raise CheckpointError(f"Redis has lost event {self._number + 1} of a stream")
             self._note(line)
@@ -10622,19 +10641,19 @@ class _RedisTail(_Tail):
                 pipe.execute()
 
     def look_on(self) -> None:
-        """There is nothing to look for: it waits for Redis"""
+        """Nothing to look for: the tail waits for Redis"""
 
     def close(self) -> None:
         self.leave()
 
 
 def _redis_key(id: str) -> str:
-    """The key that all others of a stream begin with; what is in braces puts them in one place of a cluster"""
+    """The common prefix of the keys of a stream; the braces keep them in one slot of a cluster"""
     return f"sheepsse:{{{id}}}"
 
 
 def _text_of(value: Any) -> str:
-    """What Redis gives, whether its client decodes or not"""
+    """A reply of Redis as text, whether its client decodes or not"""
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
@@ -10645,7 +10664,7 @@ def _line_of(fields: Mapping[Any, Any]) -> Any:
 
 @contextlib.contextmanager
 def _redis_errors() -> Iterator[None]:
-    """What Redis cannot do is a CheckpointError"""
+    """Raises CheckpointError for errors of Redis"""
     import redis  # type: ignore[import-not-found,unused-ignore]  # an extra
 
     try:
@@ -10655,12 +10674,12 @@ def _redis_errors() -> Iterator[None]:
 
 
 def _asked_again(ask: Callable[[], _T]) -> _T:
-    """What Redis says; where a reply is lost it is asked once more, for what that does not change"""
+    """The reply of Redis; where a reply is lost, the command is sent once more, which changes nothing"""
     try:
         with _redis_errors():
             return ask()
     except CheckpointError as error:
-        if not error.__cause__:  # not of Redis
+        if not error.__cause__:  # not an error of Redis
             raise
         _log.debug("%s: it is asked once more", error)
     with _redis_errors():
@@ -10668,7 +10687,7 @@ def _asked_again(ask: Callable[[], _T]) -> _T:
 
 
 class _Redis:
-    """Streams in Redis, from 6.2 on, for all processes of all machines that share it"""
+    """A store of streams in Redis, from 6.2 on, for all machines that share it"""
 
     def __init__(self, redis: Any, max_age: float) -> None:
         try:
@@ -10680,7 +10699,7 @@ class _Redis:
             self.redis = Redis.from_url(redis, socket_timeout=5, socket_connect_timeout=5)
             weakref.finalize(self, self.redis.close)
         self.max_age = math.ceil(max_age)
-        #: those that this process writes; any thread may add one while the watcher looks
+        #: the logs that this process writes; any thread may add one while the watcher looks
         self._logs: set[_RedisLog] = set()
         self._lock = threading.Lock()
         self._looked_at = 0.0
@@ -10700,7 +10719,7 @@ class _Redis:
             self._logs.discard(log)
 
     def take_over(self, id: str) -> _RedisLog | None:
-        """The log of a stream whose producer has gone; None where another has it, or all is there"""
+        """The log of a stream whose producer has gone; None where another process has it, or it is complete"""
         token, lease, key = os.urandom(8).hex(), math.ceil(_RedisLog.LEASE * 1000), _redis_key(id)
         owner = f"{key}:owner"
         if not _asked_again(
@@ -10721,17 +10740,17 @@ class _Redis:
         return _RedisTail(self, id, _line_of(first[0][1])) if first else None
 
     def stop(self, id: str) -> None:
-        """Asks the producer to stop, on whichever machine that is"""
+        """Requests that the producer stop, on any machine"""
         _asked_again(lambda: self.redis.set(f"{_redis_key(id)}:stop", 1, ex=self.max_age))
 
     def look(self) -> None:
-        """Says that all logs of this process have their producers, and looks what is asked of them, at once"""
+        """Renews the leases of all logs of this process, and reads their marks, in one round trip"""
         now = time.monotonic()
         if now - self._looked_at < _LOOK_CLOSER_EVERY / 2:
             return
         with self._lock:
             logs = list(self._logs)
-        found: list[Any] = [0, (None, None)] * len(logs)  # so none is waited for again where Redis is gone
+        found: list[Any] = [0, (None, None)] * len(logs)  # so that a lost Redis is waited for only once
         try:
             found = _asked_again(lambda: self._found(logs))
         finally:
@@ -10752,7 +10771,7 @@ class _Redis:
 
 
 class Relay:
-    """A stream as a WSGI server sends it: an iterator of bytes, each a whole number of events, with ``close()``
+    """A stream for a WSGI server: an iterator of bytes, each block whole events, with ``close()``
 
     Made by ``relay()``. Belongs to one thread.
     """
@@ -10766,25 +10785,25 @@ class Relay:
         production: _Production | None = None,
         stream: Stream | None = None,
     ) -> None:
-        #: the stream's id, with which the ids of its events begin; nobody can guess it
+        #: the id of the stream, a prefix of the ids of its events, which nobody can guess
         self.id = id
         self._ids = id
         self._source = source
         self._heartbeat = heartbeat
-        self.first = b"" if retry is None else b"retry: %d\n\n" % retry  # before all events
+        self.first = b"" if retry is None else b"retry: %d\n\n" % retry  # sent before all events
         self._production, self._stream = production, stream
         self._started = self._closed = False
         self._has_gone: Callable[[], bool] | None = None
-        self._lock = threading.Lock()  # the watcher looks, or it is closed
+        self._lock = threading.Lock()  # held by the watcher, or by close()
         self._traffic: _Traffic | None = None
 
     def start(self, environ: Mapping[str, Any] | None = None) -> Relay:
-        """Asks for the stream, and waits for its first event, ``heartbeat`` seconds at most; gives itself
+        """Opens the stream, waits for its first event, at most ``heartbeat`` seconds, and returns itself
 
-        Raises the error that comes instead, so that an answer can have its status; once this has returned, or where
-        it is not called, an error is an event, ``failed``. With the request's WSGI ``environ`` a client that goes
-        away is noticed at once where the server shows its socket (gunicorn, Werkzeug from 2.0 on), else by a write
-        that fails; and one that takes nothing for two heartbeats is given up (Linux).
+        Raises an error that comes instead, so that the response can have its status. After this method, or without it,
+        an error is the event ``failed``. With the WSGI ``environ`` of the request, a client that leaves is noticed at
+        once where the server shows its socket (gunicorn, Werkzeug from 2.0 on), else by a failed write. A client that
+        reads nothing for two heartbeats is given up (Linux).
         """
         if self._closed or self._started:
             return self
@@ -10806,7 +10825,7 @@ class Relay:
             self._production.start(self._stream)
 
     def _attend(self, environ: Mapping[str, Any]) -> None:
-        """Looks after the client's socket"""
+        """Watches the socket of the client"""
         sock = next((environ[name] for name in _SOCKETS if environ.get(name) is not None), None)
         self._has_gone = environ.get("waitress.client_disconnected")
         if sock is None:
@@ -10814,7 +10833,7 @@ class Relay:
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             with contextlib.suppress(OSError):  # not TCP
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(self._heartbeat * 2000))
-        if not hasattr(sock, "pending"):  # TLS cannot be looked into
+        if not hasattr(sock, "pending"):  # a TLS socket cannot be tested
             self._has_gone = functools.partial(_is_closed, sock)
 
     def __iter__(self) -> Relay:
@@ -10841,7 +10860,7 @@ class Relay:
         return block
 
     def look(self) -> None:
-        """Whether the client has gone; called by the watcher"""
+        """Whether the client has left; called by the watcher"""
         with self._lock:
             if self._closed:
                 return
@@ -10855,11 +10874,11 @@ class Relay:
                 self._production.stop("ABANDONED")
 
     def interrupt(self, code: str) -> None:
-        """Ends it for its client, who may go on with it elsewhere"""
+        """Ends it for its client, which may reconnect elsewhere"""
         self._source.cut(_data(_public(code)))
 
     def close(self) -> None:
-        """Lets go of all; the stream ends too, unless it is kept; may be called again"""
+        """Releases all that is held; ends the stream, too, unless it has a journal; may be called again"""
         with self._lock:
             if self._closed:
                 return
@@ -10873,23 +10892,23 @@ class Relay:
 
 
 def _leave(source: _Pipe | _FileTail | _RedisTail, production: _Production | None) -> None:
-    """Nobody reads any more; only what is kept goes on"""
+    """The reader has gone; only a stream with a journal continues"""
     source.close()
     if production is not None:
         production.stop("ABANDONED")
 
 
-#: where a WSGI server shows the client's socket
+#: keys of the WSGI environ with the socket of the client
 _SOCKETS = ("gunicorn.socket", "werkzeug.socket", "sheepsse.socket")
 
 
 def _is_closed(sock: socket.socket) -> bool:
-    """Whether the other side has closed a connection of which nothing is to be read"""
+    """Whether the other side has closed a connection, of which nothing will be read"""
     from urllib3.util.wait import wait_for_read
 
     try:
         return wait_for_read(sock, timeout=0) and sock.recv(1, socket.MSG_PEEK) == b""
-    except (OSError, ValueError):  # reset; or closed here
+    except (OSError, ValueError):  # reset, or closed here
         return True
 
 
@@ -10909,14 +10928,14 @@ def relay(
             start_response("200 OK", list(sheepsse.SSE_HEADERS.items()))
             return answer
 
-    The stream is read in a thread of its own, 256 events ahead of the client at most; where there is none for
-    ``heartbeat`` seconds a comment is sent, by which a client that has gone is noticed, and its stream ended. The
-    events are ``message``, ``reasoning`` and ``refusal`` with ``{"content": ...}``, ``tool_calls``, ``queued`` with
-    the place in the queue of its Limiter, and at last always one of ``done`` (with usage and times), ``failed`` or
-    ``interrupted`` (with ``code`` and ``message``, which hold nothing of upstream). Or, with ``events="openai"``, the
-    chunks of OpenAI's Chat Completions up to ``[DONE]``, with ``usage`` the usage before that. ``retry`` is how many
-    milliseconds an EventSource waits before it comes again. With ``ids`` each has one, ``<id>:<n>``. OpenAI's SDK takes
-    a ``retry`` or a comment after an id for an event, and fails: with ``"openai"`` there is neither.
+    A thread reads the stream, at most 256 events ahead of the client. After ``heartbeat`` seconds without an event, a
+    comment is sent, which also detects a client that has left; its stream then ends. The events are ``message``,
+    ``reasoning`` and ``refusal`` with ``{"content": ...}``, ``tool_calls``, ``queued`` with the position in the queue
+    of the Limiter, and always at last ``done`` (with usage and times), ``failed`` or ``interrupted`` (with ``code`` and
+    ``message``, which hold nothing from upstream). With ``events="openai"``, they are the chunks of OpenAI's Chat
+    Completions up to ``[DONE]``; ``usage`` adds the usage before that. ``retry`` is the reconnection time of an
+    EventSource in milliseconds. With ``ids``, each event has an id, ``<id>:<n>``. OpenAI's SDK takes a ``retry``, or a
+    comment after an id, for an event and fails: ``"openai"`` has neither.
     """
     if not isinstance(stream, Stream):
         raise TypeError(f"relay takes a Stream, as client.stream(...) gives, got {type(stream).__name__}")
@@ -10950,7 +10969,7 @@ with contextlib.suppress(AttributeError):  # Windows does not fork
 
 
 class _Traffic:
-    """What became of the streams of one application in this process"""
+    """The statistics of the streams of one application in this process"""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -10999,16 +11018,16 @@ class _Traffic:
             }
 
 
-#: how often a stream whose producer has gone is to go on, in vain, until it is given up: each may be billed
+#: takeovers in vain until a stream is given up: each may be billed
 _MOST_TRIES = 3
 
 
-#: seconds after which an EventSource comes again to a stream whose producer has gone
+#: seconds until an EventSource reconnects to a stream whose producer has gone
 _LONG_WAIT = 15.0
 
 
 class _Refused(Exception):
-    """A request that is answered by an error in JSON"""
+    """A request that gets an error in JSON"""
 
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -11028,18 +11047,18 @@ def _json_reply(status: int, content: Any, headers: Mapping[str, str] | None = N
     return _Reply(status, {**more, **(headers or {})}, [body])
 
 
-#: bytes of a body that are read and thrown away, so that a client which still sends reads the refusal
+#: bytes of a body that are read and dropped, so that a client that still sends reads the refusal
 _MOST_DRAINED = 8 * 1024 * 1024
 
 
-class _Asked:
-    """A request, as WSGI has it"""
+class _WebRequest:
+    """A request, from its WSGI environ"""
 
     def __init__(self, environ: Mapping[str, Any], who: Callable[[], Any], framework: Any = None) -> None:
         self.environ = environ
         self.method: str = environ["REQUEST_METHOD"]
         self.who = who
-        # its request: it may have read the body already, and a socket would wait for more
+        # the framework may have read the body already, and the socket would wait for more
         self._framework = framework
         self._unread = self._length() or 0
         self.request_id = self.header("X-Request-ID")
@@ -11050,7 +11069,7 @@ class _Asked:
         return str(self.environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
 
     def _length(self) -> int | None:
-        """The body's, None where only its end tells"""
+        """The length of the body; None where only its end shows it"""
         length = self.environ.get("CONTENT_LENGTH") or ""
         if re.fullmatch("[0-9]{1,18}", length, re.ASCII):
             return int(length)
@@ -11084,7 +11103,7 @@ class _Asked:
         return b"".join(blocks)
 
     def drain(self) -> None:
-        """Reads what was not read of the body, up to a limit"""
+        """Reads the rest of the body, up to a limit"""
         left = _MOST_DRAINED
         with contextlib.suppress(_Refused):
             while min(left, self._unread) > 0:
@@ -11097,7 +11116,7 @@ class _Asked:
         return dict(parse_qsl(text, keep_blank_values=True, errors="strict"))
 
     def fields(self, most: int) -> dict[str, Any]:
-        """What is asked, of a query or of JSON"""
+        """The fields of the request, from its query or JSON"""
         if self.method == "GET":
             if len(self.environ.get("QUERY_STRING", "")) > most:
                 raise _Refused(414, "TOO_LARGE", f"the query is longer than the {most} bytes that are allowed")
@@ -11111,7 +11130,7 @@ class _Asked:
         return fields
 
     def last_event(self) -> tuple[str, int] | None:
-        """The stream and the number in Last-Event-ID, None where there is none"""
+        """The stream id and the number in Last-Event-ID, or None"""
         text = self.header("Last-Event-ID")
         found = re.fullmatch(r"([0-9a-f]{32}):([0-9]{1,12})", text, re.ASCII)
         if text and not found:
@@ -11120,7 +11139,7 @@ class _Asked:
 
 
 def _within_limit(read: Callable[[], Any]) -> Any:
-    """What a framework gives of a body, unless that is above a limit of its own (MAX_CONTENT_LENGTH)"""
+    """The body from a framework, unless it is above the limit of the framework (MAX_CONTENT_LENGTH)"""
     try:
         return read()
     except Exception as error:
@@ -11130,7 +11149,7 @@ def _within_limit(read: Callable[[], Any]) -> Any:
 
 
 def _number_or_text(name: str, value: str) -> Any:
-    """A field of a query, of which two are numbers"""
+    """A field of a query; two fields are numbers"""
     if name in ("temperature", "max_tokens"):
         number = _number(value)
         whole = number is not None and name == "max_tokens" and number.is_integer()
@@ -11139,7 +11158,7 @@ def _number_or_text(name: str, value: str) -> Any:
 
 
 class _Question(NamedTuple):
-    """What a browser may ask of a model"""
+    """A request of a browser to a model"""
 
     messages: Sequence[Mapping[str, str]]
     model: str
@@ -11150,8 +11169,8 @@ class _Question(NamedTuple):
         return _request_key([self.messages, self.model, self.params])
 
 
-class _Asking:
-    """What the routes have in common: who may ask what, and where it is kept"""
+class _Routes:
+    """The routes: who may request what, and where streams are kept"""
 
     def __init__(
         self,
@@ -11186,7 +11205,7 @@ class _Asking:
         self.authorize = authorize
         self._origins = set(map(_checked_origin, allowed_origins))
         first = client if isinstance(client, Client) else list(client)[0]
-        # of several clients each keeps to its own
+        # each of several clients has its own model
         self._limiter = first._options.limiter if limiter is None and isinstance(client, Client) else limiter
         self._heartbeat = _checked_seconds("heartbeat", heartbeat)
         self._grace = _checked_seconds("grace", grace, 0)
@@ -11204,8 +11223,8 @@ class _Asking:
         self._traffic = _Traffic()
         self._has_warned = False
 
-    def reply(self, asked: _Asked, route: str, id: str = "") -> _Reply:
-        """The answer to a request for one of the routes"""
+    def reply(self, asked: _WebRequest, route: str, id: str = "") -> _Reply:
+        """The response to a request for one of the routes"""
         try:
             self._check_origin(asked, route)
             if asked.method == "OPTIONS":
@@ -11221,7 +11240,7 @@ class _Asking:
             asked.drain()
         return reply._replace(headers={**reply.headers, **self._common_headers(asked)})
 
-    def _handler(self, asked: _Asked, route: str) -> Callable[[_Asked, str], _Reply]:
+    def _handler(self, asked: _WebRequest, route: str) -> Callable[[_WebRequest, str], _Reply]:
         routes = {
             "stream": {"POST": self._ask, "GET": self._ask_by_query},
             "follow": {"GET": self._follow},
@@ -11235,25 +11254,25 @@ class _Asking:
             raise _Refused(405, "METHOD_NOT_ALLOWED", f"this takes {allowed}", Allow=allowed)
         return methods[asked.method]
 
-    # Who asks
+    # Users and origins
 
-    def _check_origin(self, asked: _Asked, route: str) -> None:
-        """Refuses a page of somewhere else: before anything is done, for its browser sends cookies along"""
+    def _check_origin(self, asked: _WebRequest, route: str) -> None:
+        """Refuses a page of another origin, before anything else: its browser sends cookies"""
         origin = asked.header("Origin")
         if origin and route != "health" and not self._is_allowed(asked):
             raise _Refused(403, "FORBIDDEN_ORIGIN", "pages of this origin may not ask here")
 
-    def _is_allowed(self, asked: _Asked) -> bool:
-        """Whether the request comes of a page of an allowed origin, or of this host"""
+    def _is_allowed(self, asked: _WebRequest) -> bool:
+        """Whether the page has an allowed origin, or that of this host"""
         origin = asked.header("Origin").lower()
         if origin in self._origins:
             return True
         scheme, _, host = origin.partition("://")
-        # behind a proxy that speaks https the scheme here is http
+        # behind a proxy with https, the scheme here is http
         schemes = ("https",) if asked.environ.get("wsgi.url_scheme") == "https" else ("http", "https")
         return bool(host) and scheme in schemes and _without_port(host) == _without_port(asked.header("Host"))
 
-    def _common_headers(self, asked: _Asked) -> dict[str, str]:
+    def _common_headers(self, asked: _WebRequest) -> dict[str, str]:
         headers = {"X-Request-ID": asked.request_id, "Vary": "Origin"}
         if asked.header("Origin") and self._is_allowed(asked):
             headers["Access-Control-Allow-Origin"] = asked.header("Origin")
@@ -11263,18 +11282,18 @@ class _Asking:
             headers["Access-Control-Expose-Headers"] = "X-Request-ID, X-Stream-Id, Retry-After"
         return headers
 
-    def _owner(self, asked: _Asked) -> str:
-        """Who asks, as it is kept: a hash, for a name need not be on the disk"""
+    def _owner(self, asked: _WebRequest) -> str:
+        """The user, as a hash: names need not be on the disk"""
         who = asked.who()
         if not who:
             raise _Refused(401, "UNAUTHORIZED", "it is not known who is asking")
-        if not isinstance(who, (str, int, bytes)) or isinstance(who, bool):  # or all would be one, who owns all streams
+        if not isinstance(who, (str, int, bytes)) or isinstance(who, bool):  # else all users would be one
             raise TypeError(f"authorize gives who is asking, a name or number as str, int or bytes, got {type(who)!r}")
         return _request_key(repr(who))
 
-    # What is asked
+    # The fields of a request
 
-    def _question(self, asked: _Asked) -> _Question:
+    def _question(self, asked: _WebRequest) -> _Question:
         fields = asked.fields(self._max_body)
         unknown = sorted(set(fields) - {"messages", "prompt", "model", "temperature", "max_tokens", "stream"})
         if unknown:
@@ -11321,13 +11340,13 @@ class _Asking:
 
     # The routes
 
-    def _ask_by_query(self, asked: _Asked, id: str) -> _Reply:
-        """A GET that costs: only of a page of ours, for any page can make a browser send one"""
+    def _ask_by_query(self, asked: _WebRequest, id: str) -> _Reply:
+        """A GET that starts a stream, which costs: only from our pages, for any page can send a GET"""
         if asked.header("Sec-Fetch-Site") not in ("same-origin", "none") and not asked.header("Origin"):
             raise _Refused(403, "FORBIDDEN_ORIGIN", "a GET is taken from pages of this host, and of allowed origins")
         return self._ask(asked, id)
 
-    def _ask(self, asked: _Asked, id: str) -> _Reply:
+    def _ask(self, asked: _WebRequest, id: str) -> _Reply:
         owner = self._owner(asked)
         question = self._question(asked)
         after = asked.last_event()
@@ -11349,7 +11368,9 @@ class _Asking:
         production.await_first(self._heartbeat)
         return self._followed(asked, self._tail(id, owner), id)
 
-    def _stream(self, asked: _Asked, owner: str, question: _Question, resume_from: ResumePoint | None = None) -> Stream:
+    def _stream(
+        self, asked: _WebRequest, owner: str, question: _Question, resume_from: ResumePoint | None = None
+    ) -> Stream:
         limiter = self._limiter.bind(user=owner) if isinstance(self._limiter, Limiter) else self._limiter
         return stream(
             [*self._system, *question.messages],
@@ -11362,19 +11383,19 @@ class _Asking:
             **question.params,
         )
 
-    def _production(self, asked: _Asked, owner: str, id: str, sink: Any) -> _Production:
+    def _production(self, asked: _WebRequest, owner: str, id: str, sink: Any) -> _Production:
         made = _Production(id, sink, _NamedEvents())
         made.request_id, made.owner, made.traffic = asked.request_id, owner, self._traffic
         return made
 
-    def _relayed(self, made: Relay, asked: _Asked, after: int) -> _Reply:
+    def _relayed(self, made: Relay, asked: _WebRequest, after: int) -> _Reply:
         made._traffic = self._traffic
-        if not after:  # an EventSource that is cut off before the first event would ask anew: it comes back with this
+        if not after:  # an EventSource that is cut off before the first event sends this id, instead of a new request
             made.first += b"id: %s:0\n\n" % made.id.encode("ascii")
         return _Reply(200, {**SSE_HEADERS, "X-Stream-Id": made.id}, made.start(asked.environ))
 
     def _tail(self, id: str, owner: str, after: int = 0) -> _FileTail | _RedisTail:
-        """The events of a stream after one of them; to others than its owner there is none"""
+        """The events of a stream after a number; for other users than the owner there is none"""
         tail = self._store.open(id) if self._store is not None and re.fullmatch("[0-9a-f]{32}", id) else None
         if tail is None:
             raise _Refused(404, "NOT_FOUND", "there is no such answer, or not any more")
@@ -11388,25 +11409,25 @@ class _Asking:
             raise
         return tail
 
-    def _followed(self, asked: _Asked, tail: _FileTail | _RedisTail, id: str, after: int = 0) -> _Reply:
-        if tail.is_over:  # which tells an EventSource not to come again
+    def _followed(self, asked: _WebRequest, tail: _FileTail | _RedisTail, id: str, after: int = 0) -> _Reply:
+        if tail.is_over:  # 204 tells an EventSource not to reconnect
             tail.close()
             return _Reply(204, {"X-Stream-Id": id}, [])
-        # one that is told "interrupted", and nothing else, comes again by itself: not at once, and by a GET in vain
+        # an EventSource reconnects after "interrupted": not at once, and its GET takes nothing over
         wait = _wait_of_page(_LONG_WAIT if _has_ended(tail) else 1)
         production = _relaying.productions.get(id)
         if production is not None:
             production.attended(self._grace)
         return self._relayed(Relay(tail, id, self._heartbeat, wait), asked, after)
 
-    def _follow(self, asked: _Asked, id: str) -> _Reply:
+    def _follow(self, asked: _WebRequest, id: str) -> _Reply:
         owner = self._owner(asked)
         stream_id, number = asked.last_event() or (id, 0)
         after = number if stream_id == id else 0
         return self._followed(asked, self._tail(id, owner, after), id, after)
 
-    def _go_on(self, asked: _Asked, owner: str, question: _Question, id: str, after: int) -> _Reply:
-        """A client that comes back: it follows the producer, or, where it asks for that by a POST, this becomes it"""
+    def _go_on(self, asked: _WebRequest, owner: str, question: _Question, id: str, after: int) -> _Reply:
+        """A client that reconnects follows the producer; with a POST, this process may become the producer"""
         tail = self._tail(id, owner, after)
         try:
             if tail.header.get("body") != question.key:
@@ -11418,15 +11439,15 @@ class _Asking:
             raise
         return self._followed(asked, tail, id, after)
 
-    def _take_over(self, asked: _Asked, owner: str, question: _Question, id: str) -> None:
-        """Goes on with a stream whose producer has gone"""
+    def _take_over(self, asked: _WebRequest, owner: str, question: _Question, id: str) -> None:
+        """Takes over a stream whose producer has gone"""
         log = None if self._store is None else self._store.take_over(id)
         if log is None or log.resumed is None:
             return
         try:
             production = self._production(asked, owner, id, log)
             production.may_refuse = False
-            is_stopped, _ = log.look()  # by somebody whose producer died before it looked
+            is_stopped, _ = log.look()  # perhaps requested before the producer died
             if is_stopped or log.resumed.tries >= _MOST_TRIES:
                 production.give_up(*(("interrupted", "CANCELLED") if is_stopped else ("failed", "CONNECTION_LOST")))
                 return
@@ -11437,14 +11458,14 @@ class _Asking:
         production.attended(self._heartbeat + self._grace)
         production.start(stream)
 
-    def _stop(self, asked: _Asked, id: str) -> _Reply:
+    def _stop(self, asked: _WebRequest, id: str) -> _Reply:
         owner = self._owner(asked)
         production = _relaying.productions.get(id)
         if self._store is not None:
             self._tail(id, owner).close()
             self._store.stop(id)
             log = self._store.take_over(id)
-            if log is not None:  # whose producer has gone: nobody is to go on with it
+            if log is not None:  # the producer has gone: no takeover
                 self._production(asked, owner, id, log).give_up("interrupted", "CANCELLED")
         elif production is None or production.owner != owner:
             raise _Refused(404, "NOT_FOUND", "there is no such answer in this process")
@@ -11452,13 +11473,13 @@ class _Asking:
             production.stop("CANCELLED")
         return _json_reply(200, {"stopped": True})
 
-    def _health(self, asked: _Asked, id: str) -> _Reply:
-        """Whether this process takes requests; asks nobody"""
+    def _health(self, asked: _WebRequest, id: str) -> _Reply:
+        """Whether this process takes requests; nothing is sent upstream"""
         status = "draining" if _relaying.draining else "ok"
         content = {"status": status, "timestamp": round(time.time(), 3), "uptime": self._traffic.uptime()}
         return _json_reply(503 if _relaying.draining else 200, content)
 
-    def _stats(self, asked: _Asked, id: str) -> _Reply:
+    def _stats(self, asked: _WebRequest, id: str) -> _Reply:
         self._owner(asked)
         limits, queued = None, 0
         limiter = _unbound(self._limiter)
@@ -11468,15 +11489,15 @@ class _Asking:
         content = {"process": os.getpid(), "uptime": self._traffic.uptime(), "queued": queued, "limits": limits}
         return _json_reply(200, {**content, **self._traffic.stats()})
 
-    # What goes wrong
+    # Errors
 
-    def _failed(self, error: SheepError, asked: _Asked) -> _Reply:
-        """An error before there was an answer, in words that tell nothing of upstream"""
+    def _failed(self, error: SheepError, asked: _WebRequest) -> _Reply:
+        """The response for an error before the stream, which holds nothing from upstream"""
         _log.warning("request %s: %s: %s", asked.request_id, error.code, error)
         told = _public(_public_code(error), error.retry_after)
         seconds = math.ceil(min(max(error.retry_after or 0, 1), 86400))
         is_full = isinstance(error, (QueueFullError, QueueTimeoutError))
-        if is_full and asked.method == "GET":  # an EventSource takes any status but 200 for the end of all
+        if is_full and asked.method == "GET":  # an EventSource gives up after any other status than 200
             retry = b"retry: %d\n\n" % _wait_of_page(seconds)
             queued = _data({"position": None, "retry_after": seconds})
             return _Reply(200, dict(SSE_HEADERS), [retry + _Event("queued", queued).encoded("")])
@@ -11484,7 +11505,7 @@ class _Asking:
         status, _ = _PUBLIC[told["code"]]
         return _json_reply(status, {"error": {**told, "request_id": asked.request_id}}, headers)
 
-    def _warn(self, asked: _Asked) -> None:
+    def _warn(self, asked: _WebRequest) -> None:
         if not asked.environ.get("wsgi.multithread") and not self._has_warned:
             self._has_warned = True
             _log.warning(
@@ -11496,7 +11517,7 @@ class _Asking:
 def _has_ended(tail: _FileTail | _RedisTail) -> bool:
     try:
         return tail.has_ended()
-    except CheckpointError:  # as it says again when it is read: what it has is given first
+    except CheckpointError:  # its reading raises this again, after the events before
         return True
 
 
@@ -11509,7 +11530,7 @@ def _invalid(message: str) -> _Refused:
 
 
 def _said_message(message: Any) -> dict[str, str]:
-    """A message of a browser's, which says something and has no more to it: a system message is not its to give"""
+    """A message from a browser: text of the user or the assistant, never a system message"""
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
         raise _invalid("a message is {role, content}")
     role, content = message["role"], message["content"]
@@ -11525,7 +11546,7 @@ def _said_message(message: Any) -> dict[str, str]:
 
 
 def _checked_origin(origin: str) -> str:
-    """An origin as browsers write it, which are compared as they are"""
+    """An origin in the form of browsers, for comparison"""
     found = re.fullmatch(r"([a-z][a-z0-9+.-]*://[^/*\s]+)/?", origin.lower())
     if not found:
         raise ValueError(f"an allowed origin is a scheme and a host, as https://app.example, got {origin!r}")
@@ -11533,16 +11554,16 @@ def _checked_origin(origin: str) -> str:
 
 
 def _without_port(host: str) -> str:
-    """A host and port, without the port where a scheme implies it"""
+    """A host and port, without a default port"""
     return re.sub(":(80|443)$", "", host.lower())
 
 
 def _wait_of_page(seconds: float = 1) -> int:
-    """Milliseconds that a page waits before it comes again: not all at once, where a server was started anew"""
+    """Milliseconds until a page reconnects: after a restart of the server, not all pages at once"""
     return round(1000 * seconds * random.uniform(1, 2))
 
 
-#: the routes, for a framework and for a bare WSGI server; an id is whatever is sent, for the 404 to be ours
+#: the routes, for a framework and for a bare WSGI server; any id matches, so that the 404 is ours
 _ROUTES = {
     "/chat/stream": "stream",
     "/chat/stream/<path:id>": "follow",
@@ -11569,7 +11590,7 @@ def flask_blueprint(
     models: Iterable[str] | None = None,
     system: str | None = None,
 ) -> Any:
-    """A Flask blueprint that asks ``client`` for browsers, and loses nothing
+    """A Flask blueprint that streams the answers of ``client`` to browsers, and loses nothing
 
         def user(request):                  # whoever may spend your money, or None
             return session.get("user")
@@ -11577,25 +11598,25 @@ def flask_blueprint(
         app.register_blueprint(sheepsse.flask_blueprint(client, authorize=user, journal="streams"))
 
     ``POST /chat/stream`` with ``{"messages": [...]}`` or ``{"prompt": ...}`` in JSON, and ``GET /chat/stream?prompt=``
-    for an EventSource, answer with the events of ``relay()``, whose ids are ``<stream id>:<n>``; the stream's id is in
-    ``X-Stream-Id`` too. ``POST /chat/stop/<id>`` stops a stream. ``GET /health`` is open to all, ``GET /stats`` to
-    those whom ``authorize`` knows; both speak for one process.
+    for an EventSource, return the events of ``relay()``. Their ids are ``<stream id>:<n>``; the stream id is also in
+    ``X-Stream-Id``. ``POST /chat/stop/<id>`` stops a stream. ``GET /health`` is open to all, ``GET /stats`` to users
+    whom ``authorize`` accepts; both are about one process.
 
-    With ``journal``, a folder that all worker processes share, or ``redis``, a Redis client or URL that all machines
-    share, a stream outlives its connection: ``GET /chat/stream/<id>``, or the same request again, with
-    ``Last-Event-ID`` gives what follows that event, from any process, each event once. Where the process that wrote it
-    has died, the page is told ``interrupted``, and the same request again goes on by the strategies of
-    ``stream(resume="auto")``. Who left has ``grace`` seconds to come back until the model is stopped; without a journal
-    it is stopped at once.
+    ``journal`` is a folder that all worker processes share, ``redis`` a Redis client or URL that all machines share.
+    With one of them, a stream outlives its connection: ``GET /chat/stream/<id>``, or the same request again, with
+    ``Last-Event-ID``, returns the events after that one, from any process, each event once. Where the producing
+    process has died, the page gets ``interrupted``; the same request again then resumes the stream by the strategies
+    of ``stream(resume="auto")``. A client that left has ``grace`` seconds to reconnect before the model is stopped;
+    without a journal, the model is stopped at once.
 
-    ``authorize(request)`` gives who asks, as a str or int, None for nobody; a stream is its owner's alone. A page of
-    another origin is refused, but for those in ``allowed_origins``. ``max_body`` is in bytes, ``max_tokens`` the most
-    that may be asked for, ``max_duration`` the seconds that a stream may take, ``max_age`` those for which one that has
-    ended is kept. ``models`` are those that may be asked for, by default the client's own; ``system`` is a system
-    message, which no browser can set. ``limiter`` is a Limiter, which counts by owner, in this process.
+    ``authorize(request)`` returns the user as a str or int, and None for nobody; only its owner can follow a stream.
+    Pages of other origins are refused, except those in ``allowed_origins``. ``max_body`` is in bytes, ``max_tokens`` is
+    the upper limit of that option, ``max_duration`` the seconds of a stream at most, ``max_age`` the seconds that a
+    finished stream is kept. ``models`` are the models that may be requested, by default that of the client; ``system``
+    is a system message, which no browser can set. ``limiter`` is a Limiter, which counts by owner, in this process.
     MissingExtraError without Flask.
     """
-    asking = _Asking(
+    asking = _Routes(
         client,
         authorize=authorize,
         allowed_origins=allowed_origins,
@@ -11614,7 +11635,7 @@ def flask_blueprint(
     return _blueprint(asking)
 
 
-def _blueprint(asking: _Asking) -> Any:
+def _blueprint(asking: _Routes) -> Any:
     try:
         import flask  # type: ignore[import-not-found,unused-ignore]  # an extra
     except ImportError as error:
@@ -11623,10 +11644,10 @@ def _blueprint(asking: _Asking) -> Any:
 
     def view(route: str, id: str = "") -> Any:
         request = flask.request
-        asked = _Asked(request.environ, lambda: asking.authorize(request), request)
+        asked = _WebRequest(request.environ, lambda: asking.authorize(request), request)
         reply = asking.reply(asked, route, id)
         response = flask.current_app.response_class(reply.body, status=reply.status, headers=reply.headers)
-        if reply.status == 204:  # a type of nothing is against WSGI
+        if reply.status == 204:  # WSGI forbids a type without a body
             del response.headers["Content-Type"]
         return response
 
@@ -11638,19 +11659,19 @@ def _blueprint(asking: _Asking) -> Any:
 
 
 def wsgi_app(client: Client | Sequence[Client], *, authorize: Callable[[Any], Any], **options: Any) -> Any:
-    """What ``flask_blueprint`` gives, as a WSGI application of its own; ``authorize`` gets the environ
+    """The routes of ``flask_blueprint`` as a WSGI application; ``authorize`` gets the environ
 
-    All that is not one of its routes is a 404, so that it can be mounted, or tried first.
+    Any other path is a 404, so that the application can be mounted, or tried first.
     """
-    asking = _Asking(client, authorize=authorize, **options)
+    asking = _Routes(client, authorize=authorize, **options)
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         route, id = _routed(environ.get("PATH_INFO", ""))
-        if not route:  # what others answer, perhaps: it is left as it is
+        if not route:  # perhaps a path of another application: the body is left unread
             reply = _json_reply(404, {"error": {"code": "NOT_FOUND", "message": "there is nothing here"}})
             start_response("404 Not Found", list(reply.headers.items()))
             return reply.body
-        reply = asking.reply(_Asked(environ, lambda: authorize(environ)), route, id)
+        reply = asking.reply(_WebRequest(environ, lambda: authorize(environ)), route, id)
         start_response(f"{reply.status} {_phrase(reply.status)}", list(reply.headers.items()))
         return [] if environ["REQUEST_METHOD"] == "HEAD" else reply.body
 
@@ -11671,7 +11692,7 @@ def _phrase(status: int) -> str:
     return HTTPStatus(status).phrase
 
 
-#: a page to chat on over the routes: plain HTML, which asks for nothing of elsewhere; a start for one of your own
+#: a chat page for the routes, in plain HTML that loads nothing else; a start for a page of your own
 CHAT_PAGE = """\
 <!doctype html>
 <html lang="en">

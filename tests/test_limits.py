@@ -275,7 +275,7 @@ def test_a_bound_limiter_may_be_asked_for_slots_itself(clock):
     bound = limiter.bind(3, "ann")
     with bound.acquire(), bound.acquire(user="bob"):
         assert (limiter.stats("ann").active, limiter.stats("bob").active) == (1, 1)
-        bound.heed({"Retry-After": "50"}, 429)
+        bound.apply_headers({"Retry-After": "50"}, 429)
     limiter._sleep = clock.sleep
     limiter.acquire()
     assert clock.now == 50
@@ -459,7 +459,7 @@ def test_what_an_answer_says_of_limits_holds_all_back(clock, headers, status, de
     limiter = Limiter(clock=clock, sleep=clock.sleep, queue_timeout=None)
     in_an_hour = str(int((time.time() + 3600) * 1000))
     headers = {name: in_an_hour if value == "in an hour" else value for name, value in headers.items()}
-    limiter.heed(headers, status, longest=100_000)
+    limiter.apply_headers(headers, status, longest=100_000)
     limiter.acquire()
     assert clock.now == pytest.approx(min(delay, 100_000), rel=0.02)
 
@@ -467,14 +467,14 @@ def test_what_an_answer_says_of_limits_holds_all_back(clock, headers, status, de
 @pytest.mark.parametrize(("options", "delay"), [({}, 120), ({"longest": 30}, 30)])
 def test_no_answer_holds_a_limiter_longer_than_it_may(clock, options, delay):
     limiter = Limiter(clock=clock, sleep=clock.sleep, queue_timeout=None)
-    limiter.heed({"Retry-After": "9999999"}, 429, **options)
+    limiter.apply_headers({"Retry-After": "9999999"}, 429, **options)
     limiter.acquire()
     assert clock.now == delay
 
 
 def test_an_answer_holds_back_requests_to_its_own_provider_alone(clock):
     limiter = Limiter(2, clock=clock, sleep=clock.sleep, queue_timeout=None)
-    limiter.heed({"Retry-After": "50"}, 429, origin="a.example")
+    limiter.apply_headers({"Retry-After": "50"}, 429, origin="a.example")
     limiter._acquire(0, None, origin="b.example").release()
     assert clock.now == 0
     limiter._acquire(0, None, origin="a.example").release()
