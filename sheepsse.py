@@ -1251,15 +1251,17 @@ class _JSONDecoder:
     """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
 
     #: the rest of a string and its end, or a backslash that is the last byte of a block
-    _IN_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*(["\\]?)', re.DOTALL)
+    _IN_STRING = rb'(?s)[^"\\]*(?:\\.[^"\\]*)*(["\\]?)'
     #: whole strings and other bytes, up to a brace or to the quote of a string that is not whole
-    _OUTSIDE = re.compile(rb'[^"{}]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"{}]*)*(["{}]?)', re.DOTALL)
+    _OUTSIDE = rb'(?s)[^"{}]*(?:"[^"\\]*(?:\\.[^"\\]*)*"[^"{}]*)*(["{}]?)'
     #: bytes that may stand between two objects
-    _BETWEEN = re.compile(rb"[\s,\[\]]*")
+    _BETWEEN = rb"[\s,\[\]]*"
 
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
         self._max_event_size = max_event_size
         self._failure: InvalidStreamError | None = None
+        patterns = self._IN_STRING, self._OUTSIDE, self._BETWEEN
+        self._in_string_match, self._outside_match, self._between_match = (re.compile(each).match for each in patterns)
         self._object = bytearray()  # that is not whole yet
         #: whether no object was whole yet
         self.is_first = True
@@ -1292,7 +1294,7 @@ class _JSONDecoder:
         """Skips to the next object, and returns its position in the block"""
         while self._bom and block[position : position + 1] == self._bom[:1]:
             position, self._bom = position + 1, self._bom[1:]
-        match = self._BETWEEN.match(block, position)
+        match = self._between_match(block, position)
         position = match.end() if match else position
         if position < len(block):
             self._bom = b""
@@ -1309,7 +1311,7 @@ class _JSONDecoder:
             if self._escaped:  # the byte after a backslash means nothing
                 self._escaped, position = False, position + 1
                 continue
-            match = (self._IN_STRING if self._in_string else self._OUTSIDE).match(block, position)
+            match = (self._in_string_match if self._in_string else self._outside_match)(block, position)
             assert match is not None  # for an empty match is one
             position, mark = match.end(), match.group(1)
             if mark == b'"':
@@ -1824,7 +1826,7 @@ class _OpenAI(Dialect):
         choices = payload.get("choices")
         choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
         wire = payload.get("usage") or groq.get("usage")
-        read, texts = [], []
+        read = []
         for position, choice in enumerate(choices):
             sent, delta = choice.get("index"), choice.get("delta")
             if type(sent) is not int or sent < 0:
@@ -1840,9 +1842,8 @@ class _OpenAI(Dialect):
             content = delta.get("content")
             content = (content, "", "") if isinstance(content, str) else _content(content)
             read.append((sent, choice, delta, content))
-            texts.append((sent, content[0]))
-        if len(texts) != 1 or texts[0][0] != self._choices.settled:
-            self._choices.note(texts)
+        if len(read) != 1 or read[0][0] != self._choices.settled:
+            self._choices.note([(sent, content[0]) for sent, _, _, content in read])
         id, model = payload.get("id"), payload.get("model")
         id, model = id if isinstance(id, str) else "", model if isinstance(model, str) else ""
         usage, event_id = self.usage(wire) if wire else None, event.id or ""
@@ -3590,7 +3591,7 @@ _MESSAGES = ("message", "detail", "msg", "error_message", "error_msg", "errorMes
 _CODES = ("code", "error_code", "errorCode", "status_code")
 _STATUSES = (*_CODES, "status", "statusCode", "http_code", "http_status", "raw_status_code")
 #: codes and words of success
-_GOOD = re.compile(r"(?i)(0|2\d\d|20000|ok|success|none|null|false)?$")
+_GOOD = r"(?i)(0|2\d\d|20000|ok|success|none|null|false)?$"
 #: MiniMax's codes of failures that may pass, as HTTP statuses
 _MINIMAX = {"1000": 500, "1001": 408, "1002": 429}
 
@@ -3653,18 +3654,18 @@ def _error_object(payload: dict[str, Any], certain: bool) -> dict[str, Any] | No
         or (payload.get("detail") and not is_answer)
         or payload.keys() <= {"message", "request_id"}
     )
-    return payload if payload.get("type") == "error" or (is_error and not _GOOD.match(message)) else None
+    return payload if payload.get("type") == "error" or (is_error and not re.match(_GOOD, message)) else None
 
 
 def _is_success(error: dict[str, Any]) -> bool:
     """Whether a code means success, and no message means an error"""
     codes = [error[name] for name in _CODES if name in error]
-    return bool(codes) and not any(map(_is_bad, codes)) and _GOOD.match(_error_message(error)) is not None
+    return bool(codes) and not any(map(_is_bad, codes)) and re.match(_GOOD, _error_message(error)) is not None
 
 
 def _is_bad(code: Any) -> bool:
     """Whether a value is a code, and means an error"""
-    return _code(code) is not None and not _GOOD.match(str(code))
+    return _code(code) is not None and not re.match(_GOOD, str(code))
 
 
 def _status_in(value: Any) -> int:
@@ -4718,8 +4719,8 @@ class Limiter:
                     if on_position is not None and place != before:
                         on_position(place)
                     self._wait(bell, pause)
+                bell.clear()  # before the check: it may serve for more than this wait
                 check()
-            bell.clear()  # it may serve for more than this wait
             return slot
         except BaseException:
             if slot is not None:
@@ -4773,7 +4774,6 @@ class Limiter:
             self._sleep(pause)
         else:
             bell.wait(pause)
-        bell.clear()
 
     def _leave(self, waiter: _Waiter) -> None:
         """Removes a waiter that gives up"""
@@ -8168,11 +8168,8 @@ class Stream:
     @property
     def _has_all(self) -> bool:
         """Whether the answer is whole, and no piece of it is in the queue"""
-        if self._is_cached:
-            return True
-        return (self._is_whole or self._plan.dialect.whole) and not any(
-            _has_content(chunk) for chunk, _, _ in self._queue
-        )
+        is_left = any(_has_content(chunk) for chunk, _, _ in self._queue)
+        return self._is_cached or ((self._is_whole or self._plan.dialect.whole) and not is_left)
 
     def _confirmed_chunks(self) -> Iterator[Chunk]:
         """The chunks of a checkpoint, which are returned once the new connection has given its first chunk"""

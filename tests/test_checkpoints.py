@@ -448,6 +448,21 @@ def test_a_file_that_is_gone_when_it_is_locked_is_not_written(path, monkeypatch,
     assert saved(path) == (FULL, True)
 
 
+def test_a_file_that_is_gone_when_it_is_locked_to_be_removed_is_no_error(tmp_path, monkeypatch):
+    store, lock, removals = Checkpoints(tmp_path), section._lock, iter([True])
+    store.save("a", "b")
+    (path,) = tmp_path.iterdir()
+
+    def removed_first(file):
+        if next(removals, False):
+            os.unlink(path)
+        lock(file)
+
+    monkeypatch.setattr(section, "_lock", removed_first)
+    store.clear("a")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_that_became_complete_before_it_was_locked_is_read_and_not_held(path, monkeypatch):
     lock = section._lock
     finishes = iter([True])
