@@ -219,36 +219,36 @@ def _socket_of(response: requests.Response) -> socket.socket | None:
 # 2. Errors: what failed, whether to try again, what was received. May use: Compatibility
 # ============================================================================================================
 
-#: HTTP statuses after which the same request may be sent again: all but those that say it will never do
+#: HTTP statuses after which the same request may be sent again; the excluded ones never pass
 RETRYABLE_STATUS: frozenset[int] = frozenset({408, 409, 429, *range(500, 600)} - {501, 505, 511, 525, 526})
 
 
 class SheepError(requests.RequestException):
-    """What every error of this module is; ``except requests.RequestException`` catches it too
+    """The base of all errors of this module; ``except requests.RequestException`` catches it too
 
-    Survives pickling as what it is, without ``request`` and ``response``. Holds no key: the headers of
-    ``request`` and ``response.request`` have theirs taken out.
+    An error keeps its type and attributes when it is pickled, except ``request`` and ``response``. It holds no key:
+    keys are replaced in the headers of ``request`` and ``response.request``.
     """
 
-    #: a short fixed name for programs, as ``RATE_LIMIT``
+    #: a short fixed name for programs, such as ``RATE_LIMIT``
     code: str = "ERROR"
     #: whether the same request may succeed when it is sent again
     retryable: bool = False
-    #: seconds after which the server asks to be tried again, or None
+    #: seconds to wait before the next attempt, as the server asks, or None
     retry_after: float | None = None
-    #: the vendor's id of the request where it gave one, else the X-Request-ID that was sent
+    #: the request id from the vendor, else the X-Request-ID that was sent
     request_id: str | None = None
     #: the HTTP status, or None
     status: int | None = None
-    #: what the vendor calls the error, as it was sent, or None
+    #: the vendor's code for the error, unchanged, or None
     vendor_code: str | int | None = None
-    #: all that was received before the error; an empty Completion where nothing was
+    #: the answer received before the error; an empty Completion if nothing was received
     partial: Completion
-    #: where the stream was lost, for ``resume_from=``
+    #: the point where the stream was lost, for ``resume_from=``
     resume_point: ResumePoint
-    #: what the server itself said of retrying (x-should-retry), or None
+    #: the server's own word on retrying (x-should-retry), or None
     _server_says: bool | None = None
-    #: what the vendor wants back to continue after a pause of its own, or None
+    #: what the next request must send back after a pause by the vendor, or None
     _pause: Mapping[str, Any] | None = None
 
     def __init__(
@@ -290,32 +290,32 @@ def _unpickle_error(kind: type[SheepError], args: tuple[Any, ...], attributes: d
 
 
 class AuthenticationError(SheepError):
-    """The key is missing, a placeholder, or refused (401, 403)"""
+    """The key is missing, is a placeholder, or was refused (401, 403)"""
 
     code = "AUTH_ERROR"
 
 
 class QuotaError(SheepError):
-    """The account's money or quota is spent (402, or a 429 that says so); never retried"""
+    """The money or quota of the account is used up (402, or a 429 that says so); never retried"""
 
     code = "QUOTA_EXCEEDED"
 
 
 class RateLimitError(SheepError):
-    """Too many requests or tokens for now (429)"""
+    """Too many requests or tokens at the moment (429)"""
 
     code = "RATE_LIMIT"
     retryable = True
 
 
 class ModelNotFoundError(SheepError):
-    """The provider does not know the model, or not for this key"""
+    """The provider does not have the model, or does not offer it to this key"""
 
     code = "MODEL_NOT_FOUND"
 
 
 class InvalidRequestError(SheepError):
-    """The request cannot be served as it is: any other 4xx, any 3xx, or refused before it was sent"""
+    """The request is invalid: any other 4xx, any 3xx, or refused before it was sent"""
 
     code = "INVALID_REQUEST"
 
@@ -328,89 +328,92 @@ class ServerError(SheepError):
 
 
 class ConnectError(SheepError, requests.ConnectionError):
-    """No connection, no address for the name, no TLS, or dropped before the answer began"""
+    """No connection: no address for the name, TLS failed, or the server closed it before the answer began"""
 
     code = "NETWORK_ERROR"
     retryable = True
 
 
 class StreamTimeout(SheepError, requests.Timeout):
-    """No byte for the read time-out, no chunk for ``first_timeout`` or ``idle_timeout``, or the deadline passed"""
+    """No byte within the read time-out, no chunk within ``first_timeout`` or ``idle_timeout``, or a deadline passed"""
 
     code = "TIMEOUT"
     retryable = True
 
 
 class InvalidStreamError(SheepError):
-    """The answer is not a stream this dialect knows: HTML, other JSON, an event over the size limit, broken data"""
+    """The answer is no stream of this dialect: HTML, other JSON, an event over the size limit, or broken data"""
 
     code = "INVALID_SSE_FORMAT"
 
 
 class StreamError(SheepError):
-    """The provider reported an error inside the stream; ``code`` is the vendor's word where it sent one"""
+    """The provider reported an error inside the stream; ``code`` is the vendor's code if it sent one"""
 
     code = "STREAM_ERROR"
 
 
 class StreamInterrupted(SheepError):
-    """The stream ended before its end marker; ``partial`` keeps what came"""
+    """The stream ended before its end marker; ``partial`` holds the answer received so far"""
 
     code = "CONNECTION_LOST"
     retryable = True
 
 
 class StreamCancelled(SheepError):
-    """``cancel()`` was called; ``partial`` keeps what came"""
+    """``cancel()`` was called; ``partial`` holds the answer received so far"""
 
     code = "CANCELLED"
 
 
 class CircuitOpenError(SheepError):
-    """A CircuitBreaker is open: nothing was sent; ``retry_after`` is when it lets a request through"""
+    """A CircuitBreaker is open and nothing was sent; ``retry_after`` is the seconds until it lets a request through"""
 
     code = "CIRCUIT_OPEN"
 
 
 class QueueFullError(SheepError):
-    """The queue of a Limiter is full: nothing was sent; ``retry_after`` is a guess"""
+    """The queue of a Limiter is full and nothing was sent; ``retry_after`` is an estimate"""
 
     code = "QUEUE_FULL"
 
 
 class QueueTimeoutError(SheepError):
-    """The wait in the queue of a Limiter was too long: nothing was sent; ``retry_after`` is a guess"""
+    """The wait in the queue of a Limiter was too long and nothing was sent; ``retry_after`` is an estimate"""
 
     code = "QUEUE_TIMEOUT"
 
 
 class MissingExtraError(SheepError):
-    """What was asked for needs a package that is not installed; the message says which"""
+    """A feature needs a package that is not installed; the message names the package"""
 
     code = "MISSING_EXTRA_ERROR"
 
 
 class TokenMismatchError(SheepError):
-    """The tokens that were counted here are not those of the provider; ``partial`` is the whole answer"""
+    """The provider and sheepsse count different tokens; ``partial`` is the whole answer"""
 
     code = "TOKEN_MISMATCH_ERROR"
 
 
 class CheckpointError(SheepError):
-    """What was saved cannot be used, or nothing saved: damaged, in use, of another request, no room, no right"""
+    """A checkpoint cannot be read or written
+
+    It is damaged, in use, or of another request; or the disk is full, or access is denied.
+    """
 
     code = "CHECKPOINT_ERROR"
 
 
 _HIDDEN = "[hidden]"
-#: names of headers that carry keys, at the vendors and at gateways before them (``Helicone-Auth``, ``X-Auth-Token``)
+#: names of headers that carry keys, of vendors and of gateways (``Helicone-Auth``, ``X-Auth-Token``)
 _KEY_HEADER = re.compile("auth|cookie|credential|key$|password|secret|token", re.IGNORECASE)
-#: names of parameters of a URL that do
+#: names of URL parameters that carry keys
 _KEY_PARAMETER = re.compile("access|auth|code|credential|key|pass|secret|sig|token", re.IGNORECASE)
 
 
 class _Key(str):
-    """A key that does not show itself where a crash reporter prints what the functions on the way hold"""
+    """A key with a repr that hides it: crash reporters print the local variables of each function"""
 
     def __repr__(self) -> str:
         return _HIDDEN
@@ -421,28 +424,28 @@ class _Key(str):
 
 
 class _Hidden(Dict[str, Any]):
-    """Headers that hold a key, and do not show it"""
+    """Headers with a key, and a repr that hides their values"""
 
     def __repr__(self) -> str:
         return f"{{{', '.join(map(repr, self))}: {_HIDDEN}}}"
 
 
 def _key_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the headers that carry a key"""
+    """The headers that carry a key"""
     return {name: value for name, value in headers.items() if _KEY_HEADER.search(name) and value is not None}
 
 
 class _Secrets:
-    """What must be seen nowhere: keys, and what a URL holds of the kind; and how to take it out
+    """The keys and passwords of a request, and the means to hide them in texts and errors
 
-    Servers repeat keys in their messages; libraries put header values and URLs into theirs.
+    Servers repeat keys in their messages. Libraries put header values and URLs into their messages.
     """
 
     def __init__(self, headers: Mapping[str, Any], url: str = "", proxies: Mapping[str, str] | None = None) -> None:
         words: set[str] = set()
         for value in _key_headers(headers).values():
             text = value.decode("latin-1") if isinstance(value, bytes) else str(value or "")
-            # the printable runs alone, after a scheme: a message may have the rest of the value escaped
+            # only printable runs after the scheme: a message may show the rest of the value escaped
             runs = re.findall(r"[!-~]+", text)
             words.update(runs[1:] or runs)
         parts = _split_url(url)
@@ -450,14 +453,14 @@ class _Secrets:
         found = [value for name, _, value in pairs if _KEY_PARAMETER.search(name)]
         found.append(parts.netloc.rpartition("@")[0].partition(":")[2])
         for proxy in (proxies or {}).values():
-            # urlsplit fails for a password with a sign in it, and the library names a part of it
+            # urlsplit fails for a password with special characters, and the library shows a part of the password
             password = re.sub("^[^@:/]*://", "", str(proxy)).rpartition("@")[0].partition(":")[2]
             found += [password, *re.split(r"[#/?\[\]@:]", password)]
         words.update(form for value in found for form in (value, unquote(value)))
-        # shorter ones are words of every day, which a message needs
+        # shorter ones are common words, which messages need
         kept = (word for word in words if len(word) >= 8 or (len(word) >= 4 and not word.isalpha()))
         self.words = sorted(kept, key=len, reverse=True)
-        # pieces by which an echo is known that is cut, in Base64 or in other letters
+        # pieces that detect an echo that was cut, encoded in Base64, or changed in case
         self._pieces = {
             form[at : at + size].lower()
             for word in self.words
@@ -467,7 +470,7 @@ class _Secrets:
         }
 
     def hide(self, text: str) -> str:
-        """The text without them, also where one is cut off after eight characters or more, or echoed otherwise"""
+        """The text without secrets, even if a secret is cut off after eight characters or is encoded"""
         for word in self.words:
             text = text.replace(word, _HIDDEN)
             if word[:8] in text and len(word) > 8:
@@ -487,7 +490,7 @@ class _Secrets:
         return self.hide(data.decode("latin-1")).encode("latin-1")
 
     def hide_request(self, request: Any) -> Any:
-        """A copy of a prepared request that shows none; None stays None"""
+        """A copy of a prepared request without secrets; None stays None"""
         if not hasattr(request, "headers"):
             return request
         copied = request.copy()
@@ -497,15 +500,15 @@ class _Secrets:
         return copied
 
     def hide_response(self, response: requests.Response) -> None:
-        """Takes them out of what a response shows"""
+        """Removes the secrets from a response"""
         response.request = self.hide_request(response.request)
         response.url = self.hide(getattr(response, "url", None) or "")
-        response._next = None  # the request that a redirect asks for, key and all
+        response._next = None  # the request for a redirect holds the key
         for name, value in response.headers.items():
             response.headers[name] = self.hide(value)
 
     def hide_error(self, error: SheepError) -> None:
-        """Takes them out of an error, and cuts off the errors behind it where those show one"""
+        """Removes the secrets from an error, and drops the errors that caused it if they show a secret"""
         error.args = tuple(map(self.hide, error.args))
         error.request = self.hide_request(error.request)
         for name in ("code", "vendor_code", "request_id"):
@@ -513,7 +516,7 @@ class _Secrets:
             if isinstance(value, str) and value != self.hide(value):
                 setattr(error, name, self.hide(value))
         for behind in _chain(error)[1:]:
-            behind.__traceback__ = None  # the functions of requests and urllib3 on the way hold the headers
+            behind.__traceback__ = None  # frames of requests and urllib3 hold the headers
             if isinstance(behind, requests.RequestException):
                 behind.request = self.hide_request(behind.request)
             shown = f"{behind!r} {vars(behind)!r}"
@@ -528,7 +531,7 @@ def _secrets_of(headers: tuple[tuple[str, Any], ...], url: str, proxies: tuple[t
 
 
 def _base64_forms(word: str) -> list[str]:
-    """What a word is in Base64, wherever it stands in what is encoded"""
+    """The Base64 forms of a word at each position in an encoded text"""
     encoded = (base64.b64encode(b"\0" * before + word.encode())[2 * before : -4].decode() for before in range(3))
     return [form.replace("+", plus).replace("/", slash) for form in encoded for plus, slash in ("+/", "-_")]
 
@@ -539,7 +542,7 @@ def _environment_proxies() -> dict[str, str]:
 
 
 def _split_url(url: str) -> SplitResult:
-    """The parts of a URL; none of what cannot be taken apart"""
+    """The parts of a URL; empty parts if the URL is invalid"""
     try:
         return urlsplit(url)
     except ValueError:
@@ -547,7 +550,7 @@ def _split_url(url: str) -> SplitResult:
 
 
 def _chain(error: BaseException, end: BaseException | None = None) -> list[BaseException]:
-    """An error and those behind it, the first cause last, as far as ``end``"""
+    """An error and its causes, the first cause last, up to ``end``"""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link is not end and link not in chain:
@@ -557,11 +560,11 @@ def _chain(error: BaseException, end: BaseException | None = None) -> list[BaseE
 
 
 def _raise_callers_own(error: BaseException, end: BaseException | None = None) -> None:
-    """Raises the exception of a signal handler that a library took for a failure of its own
+    """Raises the exception of a signal handler that a library took for its own failure
 
-    A handler is known by its argument: the frame that it interrupted.
+    A function is a signal handler if one of its variables is the frame that it interrupted.
     """
-    for link in reversed(_chain(error, end)):  # those before it have its traceback, too
+    for link in reversed(_chain(error, end)):  # later errors hold its traceback too
         trace = link.__traceback__
         while trace is not None and trace.tb_next is not None:
             interrupted, trace = trace.tb_frame, trace.tb_next
@@ -570,20 +573,20 @@ def _raise_callers_own(error: BaseException, end: BaseException | None = None) -
 
 
 def _holds(value: Any, frame: Any) -> bool:
-    """Whether a value is a frame, or a tuple with it (``*args``)"""
+    """Whether a value is the frame, or a tuple with the frame (``*args``)"""
     return value is frame or (type(value) is tuple and any(item is frame for item in value))
 
 
-#: what _json gives for what is none; no JSON says this
+#: the result of _json for invalid JSON; no valid JSON gives this object
 _NO_JSON = object()
 
 
-#: reads raw control characters in strings too, which some servers send; json.loads would build one for each call
+#: accepts raw control characters in strings, which some servers send; json.loads would build a decoder for each call
 _JSON = json.JSONDecoder(strict=False)
 
 
 def _json(text: str | bytes | bytearray) -> Any:
-    """What JSON says, or _NO_JSON; no error of the parser comes of it, and none that would keep the text"""
+    """The value of a JSON text, or _NO_JSON; an error of the parser would keep the whole text"""
     try:
         return _JSON.decode(text) if isinstance(text, str) else json.loads(text, strict=False)
     except (ValueError, RecursionError):
@@ -591,10 +594,10 @@ def _json(text: str | bytes | bytearray) -> Any:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the headers of an answer ask to wait, or None; what is malformed asks nothing
+    """Seconds to wait by the headers of a response, or None if there is no valid one
 
-    ``retry-after-ms`` first (OpenAI, Azure), but not when it is 0: Azure sends that beside a valid ``Retry-After``.
-    Then ``Retry-After``, RFC 9110 section 10.2.3: seconds, here also fractional, or a date.
+    ``retry-after-ms`` comes first (OpenAI, Azure), except 0: Azure sends 0 beside a valid ``Retry-After``.
+    Then ``Retry-After``, RFC 9110 section 10.2.3: a date, or seconds, here also fractional.
     """
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds:
@@ -616,7 +619,7 @@ def _http_date(text: str) -> float | None:
     try:  # email.utils gives None before Python 3.10 and raises from then on
         date = email.utils.parsedate_tz(text)
         return None if date is None else float(email.utils.mktime_tz(date))
-    except (ValueError, OverflowError, IndexError, UnboundLocalError):  # the last two are its own, before 3.10
+    except (ValueError, OverflowError, IndexError, UnboundLocalError):  # its own defects before 3.10 raise the last two
         return None
 
 
