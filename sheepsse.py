@@ -12270,9 +12270,10 @@ follow();
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: streams the answer to a prompt to stdout, or does what its first word says; gives the exit status
+    """The shell command: prints the answer to a prompt, or runs the command that the first word names
 
-    0 the answer is whole, 1 it failed, 2 wrong usage, 3 interrupted with partial text on stdout, 130 Ctrl-C.
+    Returns the exit status: 0 the answer is whole, 1 it failed, 2 wrong usage, 3 interrupted with partial text on
+    stdout, 130 Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parse, run = _COMMANDS.get(words[0] if words else "", (_parser, _stream_command))
@@ -12281,15 +12282,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     parser = parse()
     options = parser.parse_args(words[1:] if words and words[0] in _COMMANDS else words)
-    if hasattr(sys.stdout, "reconfigure"):  # half an emoji must not end an answer, nor a console's code page
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character must not end the answer
         sys.stdout.reconfigure(errors="replace")
     try:
         return run(parser, options)
     except BrokenPipeError:
-        # the reader, as head(1), has what it wanted; Python would complain when it flushes stdout at exit
+        # the reader, such as head(1), has read enough; Python would complain when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # of stdout: a full disk, or none at all
+    except OSError as error:  # stdout cannot be written: a full disk, or no file
         _complain(f"sheepsse: the text cannot be written: {error}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -12301,20 +12302,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _has_stdout() -> bool:
     """Whether there is a standard output; cron and pythonw may close any of the three standard streams
 
-    A connection must not get the number of one that is closed, and print() writes to stdout where stderr is None.
+    A connection must not get the number of a closed stream. print() writes to stdout if stderr is None.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which gets this number, the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # the system gives it the lowest free number, this one
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # stays open until the process ends
     return sys.stdout is not None
 
 
 def _without_controls(text: str) -> str:
-    """A text without what controls a terminal, which a model or a server may have put there"""
+    """The text without control characters, which could control the terminal"""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
@@ -12340,7 +12341,7 @@ def _seconds(text: str) -> float:
 
 
 def _prompted(options: Any) -> list[dict[str, str]]:
-    """The messages that the command line asks for"""
+    """The messages of the command line"""
     prompt = options.prompt
     if prompt in (None, "-"):
         if sys.stdin is None:
@@ -12361,38 +12362,39 @@ def _parser() -> Any:
     parser = argparse.ArgumentParser(
         prog="sheepsse",
         description="Stream the answer of a language model to the terminal.",
-        epilog=f"Where the first word is {', '.join(_COMMANDS)}, it is a command: sheepsse batch --help. The key is "
+        epilog=f"Commands: {', '.join(_COMMANDS)}; see sheepsse batch --help. The key is "
         + f"read from the provider's variable: {_key_variables()}"
         + ". Exit status: 0 whole, 1 failed, 2 wrong usage, 3 interrupted after partial text, 130 Ctrl-C.",
     )
-    parser.add_argument("prompt", nargs="?", help="the prompt; from standard input where it is missing or -")
-    parser.add_argument("-m", "--model", required=True, help="the model, as the provider names it")
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the prompt; read from standard input if missing or -")
+    add("-m", "--model", required=True, help="the model, as the provider names it")
     _add_provider(parser)
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, with its type and time")
-    parser.add_argument("--stats", action="store_true", help="times and counts to standard error, at the end")
-    parser.add_argument("--checkpoint", metavar="DIR", help="keep what comes there, and go on with it when run again")
-    parser.add_argument(
+    add("--system", metavar="TEXT", help="the system message")
+    add("--json", action="store_true", help="print one JSON object a line, with type and time")
+    add("--stats", action="store_true", help="print times and counts to standard error at the end")
+    add("--checkpoint", metavar="DIR", help="save the answer there, and resume it when run again")
+    add(
         "--resume",
-        metavar="WAYS",
+        metavar="STRATEGIES",
         default="auto",
-        help=f"how to go on when the connection is lost: auto, never, or of {', '.join(_STRATEGIES)}, with commas",
+        help=f"how to resume a lost connection: auto, never, or some of {', '.join(_STRATEGIES)}, with commas",
     )
-    parser.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give up after so long in all")
-    parser.add_argument("--version", action="version", version=f"sheepsse {__version__}")
+    add("--timeout", type=_seconds, metavar="SECONDS", help="the time limit for the whole call")
+    add("--version", action="version", version=f"sheepsse {__version__}")
     return parser
 
 
 def _add_provider(parser: Any) -> None:
-    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="who is asked (default: whose key is set)")
-    parser.add_argument("--base-url", metavar="URL", help="the address of any other OpenAI-compatible server")
+    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="default: the one whose key is set")
+    parser.add_argument("--base-url", metavar="URL", help="the URL of any other OpenAI-compatible server")
     key = parser.add_mutually_exclusive_group()
     key.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the key of --base-url")
-    key.add_argument("--no-key", action="store_true", help="for a server that takes no key")
+    key.add_argument("--no-key", action="store_true", help="for a server that needs no key")
 
 
 def _client_of_options(options: Any, **more: Any) -> Client:
-    """The client that a command line asks for; AuthenticationError where the variable that it names is empty"""
+    """The client of a command line; AuthenticationError if the variable that it names is empty"""
     api_key = os.environ.get(options.key_variable) if options.key_variable else None
     if options.key_variable and not api_key:
         raise AuthenticationError(f"no API key in {options.key_variable}")
@@ -12441,7 +12443,7 @@ class _PlainText:
         _complain(f"sheepsse: {error}")
 
     def _end_line(self) -> None:
-        """The prompt of a terminal belongs on a line of its own; a file or a pipe gets the text alone"""
+        """Ends the line on a terminal; a file or a pipe gets the text alone"""
         if sys.stdout.isatty():
             print(flush=True)
 
@@ -12519,16 +12521,17 @@ def _count_argument(text: str) -> int:
 def _batch_parser() -> Any:
     parser = _command_parser(
         "batch",
-        "Answer many requests, and append the answers to a file as JSON lines. Run again, it asks only for what is not "
-        "there, or failed: of two lines with one id the later one counts. Each line of the input is a JSON string, or "
-        "an object with messages or prompt, perhaps an id (else it is the number of the line, from 0), and any options "
-        "of the request. Exit status: 0 all are answered, 1 some failed, 130 Ctrl-C.",
+        "Answer many requests, and append the answers to a file as JSON lines. A second run requests only the missing "
+        "and failed answers; of two lines with the same id, the later one counts. Each line of the input is a JSON "
+        "string, or an object with messages or prompt, perhaps an id (default: the number of the line, from 0), and "
+        "any options of the request. Exit status: 0 all are answered, 1 some failed, 130 Ctrl-C.",
     )
-    parser.add_argument("input", metavar="IN.jsonl", help="the requests; - is standard input")
-    parser.add_argument("-o", "--output", metavar="OUT.jsonl", required=True, help="where the answers go")
-    parser.add_argument("-m", "--model", help="the model, for requests that name none")
-    parser.add_argument("-w", "--workers", type=_count_argument, default=5, help="requests at once (default: 5)")
-    parser.add_argument("--checkpoint", metavar="DIR", help="keep what comes there too, to go on in mid-answer")
+    add = parser.add_argument
+    add("input", metavar="IN.jsonl", help="the requests; - is standard input")
+    add("-o", "--output", metavar="OUT.jsonl", required=True, help="the file for the answers")
+    add("-m", "--model", help="the model of requests that name none")
+    add("-w", "--workers", type=_count_argument, default=5, help="requests at once (default: 5)")
+    add("--checkpoint", metavar="DIR", help="also save partial answers there, and resume them")
     _add_provider(parser)
     return parser
 
@@ -12554,7 +12557,7 @@ def _batch_command(parser: Any, options: Any) -> int:
                     output.append(result)
             finally:
                 results.close()
-                for result in results:  # what was done when it ended
+                for result in results:  # results that were ready at the end
                     output.append(result)
                 _complain(f"{results.summary}\nkept       {kept} answers from before")
             return 1 if results.summary.failed else 0
@@ -12564,14 +12567,14 @@ def _batch_command(parser: Any, options: Any) -> int:
 
 
 def _shown_progress() -> bool:
-    """Whether a bar can be drawn, and somebody sees it"""
+    """Whether tqdm is installed and stderr is a terminal"""
     import importlib.util
 
     return sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
 
 
 def _requests_in(source: Iterable[bytes], done: Container[Any]) -> Iterator[Any]:
-    """The requests in lines of JSON whose ids are not done"""
+    """The requests in lines of JSON, without those whose ids are done"""
     seen: set[Any] = set()
     for number, line in enumerate(source):
         if not line.strip():
@@ -12598,12 +12601,12 @@ _ANSWER = b'{"id":'
 
 
 class _Answers:
-    """A file of answers, a line of JSON each, which is only appended to; one process at a time has it"""
+    """A file of answers, one line of JSON each; it is only appended to, by one process at a time"""
 
     def __init__(self, path: str) -> None:
         file = _created_and_locked(path, shared=True)
         self._file, self._path = file, path
-        #: the ids of those that are answered
+        #: the ids of the requests that are answered
         self.done: set[Any] = set()
         try:
             file.truncate(self._read())
@@ -12612,7 +12615,7 @@ class _Answers:
             raise
 
     def _read(self) -> int:
-        """Notes what is done, and gives the size of all whole lines: a kill may have torn the last one"""
+        """Reads the ids that are done, and returns the size of the whole lines: a kill may have torn the last one"""
         size = 0
         with open(self._path, "rb") as lines:
             for line in lines:
@@ -12658,8 +12661,8 @@ class _Answers:
 
 
 def _check_parser() -> Any:
-    parser = _command_parser("check", "Ask a provider whether it can be reached and takes the key. It costs nothing.")
-    parser.add_argument("--timeout", type=_seconds, default=10.0, metavar="SECONDS", help="for all of it (default: 10)")
+    parser = _command_parser("check", "Check that a provider can be reached and accepts the key. Costs nothing.")
+    parser.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="the time limit (default: 10)")
     _add_provider(parser)
     return parser
 
@@ -12686,15 +12689,16 @@ def _check_command(parser: Any, options: Any) -> int:
 
 def _cost_parser() -> Any:
     parser = _command_parser(
-        "cost", "What so many tokens cost: by --price, else by the list prices of genai-prices, in US dollars."
+        "cost", "Print the cost of a number of tokens: by --price, else in US dollars by the prices of genai-prices."
     )
-    parser.add_argument("-m", "--model", help="the model, as the provider names it")
-    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="who sets the price")
-    parser.add_argument("--input", type=int, default=0, metavar="N", help="tokens of input, cached ones included")
-    parser.add_argument("--output", type=int, default=0, metavar="N", help="tokens of output, reasoning included")
-    parser.add_argument("--cached", type=int, default=0, metavar="N", help="tokens of input that the cache had")
-    parser.add_argument("--price", nargs=2, metavar=("IN", "OUT"), help="for a million tokens of input and of output")
-    parser.add_argument("--cached-price", metavar="PRICE", help="for a million tokens that the cache had")
+    add = parser.add_argument
+    add("-m", "--model", help="the model, as the provider names it")
+    add("--provider", choices=sorted(PROVIDERS), help="the provider that sets the price")
+    add("--input", type=int, default=0, metavar="N", help="input tokens, including cached ones")
+    add("--output", type=int, default=0, metavar="N", help="output tokens, including reasoning")
+    add("--cached", type=int, default=0, metavar="N", help="input tokens read from the cache")
+    add("--price", nargs=2, metavar=("IN", "OUT"), help="prices of a million input and output tokens")
+    add("--cached-price", metavar="PRICE", help="the price of a million cached tokens")
     return parser
 
 
@@ -12721,16 +12725,15 @@ def _cost_command(parser: Any, options: Any) -> int:
 def _bench_parser() -> Any:
     parser = _command_parser(
         "bench",
-        "Measure a provider: send one prompt many times, and show the time to the first text, to the end, and tokens a "
-        "second. Each request is billed.",
+        "Measure a provider: send one prompt many times, and print the time to the first text, the time to the end, "
+        "and tokens a second. Each request is billed.",
     )
-    parser.add_argument("prompt", nargs="?", default="Count from 1 to 50.", help="(default: Count from 1 to 50.)")
-    parser.add_argument("-m", "--model", required=True, help="the model, as the provider names it")
-    parser.add_argument("-n", "--requests", type=_count_argument, default=10, help="how many in all (default: 10)")
-    parser.add_argument("-c", "--concurrency", type=_count_argument, default=2, help="how many at once (default: 2)")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="draw the times into this file (.png, .svg, .pdf; by matplotlib)"
-    )
+    add = parser.add_argument
+    add("prompt", nargs="?", default="Count from 1 to 50.", help="(default: Count from 1 to 50.)")
+    add("-m", "--model", required=True, help="the model, as the provider names it")
+    add("-n", "--requests", type=_count_argument, default=10, help="the number of requests (default: 10)")
+    add("-c", "--concurrency", type=_count_argument, default=2, help="requests at once (default: 2)")
+    add("--plot", metavar="FILE", help="draw the times into this file (.png, .svg or .pdf; needs matplotlib)")
     _add_provider(parser)
     return parser
 
@@ -12786,13 +12789,14 @@ def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
 
 
 def _serve_parser() -> Any:
-    parser = _command_parser("serve", "Serve a page to chat on, which loses nothing when its connection does.")
-    parser.add_argument("-m", "--model", help="the model, as the provider names it")
+    parser = _command_parser("serve", "Serve a chat page, which loses nothing when its connection is lost.")
+    add = parser.add_argument
+    add("-m", "--model", help="the model, as the provider names it")
     _add_provider(parser)
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument("--journal", metavar="DIR", help="where answers are kept (default: a folder for this run)")
-    parser.add_argument("--host", default="127.0.0.1", help="who can reach it: 127.0.0.1 is this machine (%(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 is any that is free (%(default)s)")
+    add("--system", metavar="TEXT", help="the system message")
+    add("--journal", metavar="DIR", help="the folder for answers (default: a temporary one)")
+    add("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, only this machine)")
+    add("--port", type=int, default=8000, help="the port; 0 for any free one (default: %(default)s)")
     return parser
 
 
@@ -12825,7 +12829,7 @@ def _serve_command(parser: Any, options: Any) -> int:
 
 
 def _serving_client(parser: Any, options: Any, stack: contextlib.ExitStack) -> Client:
-    """The client that the options ask for; where there is no key, one of the provider that lies beside this file"""
+    """The client of the options; without a key, a client of the local provider beside this file"""
     client = _client_of_options(options, model=options.model)
     try:
         client._target(options.model, {})
@@ -12855,17 +12859,17 @@ def _local_provider(path: str) -> Any:
 
 
 def _user_of_page(environ: Mapping[str, Any], hosts: Container[str] | None) -> str | None:
-    """Whoever reaches the server by one of its names, all of them the same user"""
+    """One user for all who reach the server by one of its names; else None"""
     return "anybody" if hosts is None or _host_name(environ.get("HTTP_HOST", "")) in hosts else None
 
 
 def _own_hosts(host: str) -> set[str] | None:
-    """The names by which a page may ask for this server, lest another one's name lead here; None is any"""
+    """The allowed Host headers, against pages whose own name leads here (DNS rebinding); None allows all"""
     return {host, "localhost", "127.0.0.1", "::1"} if host in ("localhost", "127.0.0.1", "::1") else None
 
 
 def _host_name(host: str) -> str:
-    """A Host header's host, without the port"""
+    """The host of a Host header, without the port"""
     return re.sub(r":[0-9]*$", "", host).strip("[]").lower()
 
 
@@ -12896,8 +12900,8 @@ def _page_server(host: str, port: int, app: Callable[..., Iterable[bytes]]) -> A
 def _page_or(
     app: Callable[..., Iterable[bytes]], environ: dict[str, Any], start_response: Callable[..., Any]
 ) -> Iterable[bytes]:
-    """The page, and for all else the application"""
-    environ["wsgi.multithread"] = True  # which wsgiref does not know
+    """The page for GET /; the application for all other requests"""
+    environ["wsgi.multithread"] = True  # wsgiref does not set this
     if environ["PATH_INFO"] != "/" or environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
         return app(environ, start_response)
     page = CHAT_PAGE.encode("ascii")
@@ -12915,11 +12919,11 @@ def _page_or(
 
 @contextlib.contextmanager
 def _ended_by_sigterm(server: Any) -> Iterator[None]:
-    """While it lasts, SIGTERM ends the server as Ctrl-C does"""
+    """Within it, SIGTERM ends the server, as Ctrl-C does"""
     import signal
 
     def end(*args: Any) -> None:
-        threading.Thread(target=server.shutdown, daemon=True).start()  # which waits for the loop in this thread
+        threading.Thread(target=server.shutdown, daemon=True).start()  # shutdown() waits for the loop of this thread
 
     before = signal.signal(signal.SIGTERM, end)
     try:
@@ -12928,7 +12932,7 @@ def _ended_by_sigterm(server: Any) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-#: what the first word may say: how its options are read, and what it does
+#: the commands by their first word: the parser, and the function
 _COMMANDS: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], int]]] = {
     "batch": (_batch_parser, _batch_command),
     "bench": (_bench_parser, _bench_command),
