@@ -9033,7 +9033,7 @@ class Result(NamedTuple):
 
 
 class BatchSummary(NamedTuple):
-    """A batch so far; None, shown as a dash, where there is no sample"""
+    """The counts and times of a batch so far; None, shown as a dash, if nothing was measured"""
 
     total: int
     succeeded: int
@@ -9065,7 +9065,7 @@ class BatchSummary(NamedTuple):
 
 
 class _Sample:
-    """Percentiles of any number of values, from a random sample of them"""
+    """The percentiles of any number of values, by a random sample of bounded size"""
 
     _MOST = 10_000
 
@@ -9111,7 +9111,7 @@ def _job(request: Any, index: int, params: Mapping[str, Any], folder: str | None
     return _Job(id, index, messages, {**params, **own}, checkpoint)
 
 
-def _result(job: _Job, ask: Callable[..., Stream]) -> Result:
+def _result(job: _Job, open_stream: Callable[..., Stream]) -> Result:
     """Reads one answer; an error becomes part of the result"""
     start, answer, error = time.monotonic(), None, None
     try:
@@ -9119,7 +9119,7 @@ def _result(job: _Job, ask: Callable[..., Stream]) -> Result:
             raise TypeError("a request of a batch is a str, a list of messages, or a dict with 'messages'")
         if {"checkpoint", "client"} & set(job.params):
             raise TypeError("checkpoint= and client= are the batch's, and no options of a single request")
-        answer = ask(job.messages, checkpoint=job.checkpoint, **job.params)
+        answer = open_stream(job.messages, checkpoint=job.checkpoint, **job.params)
         for _ in answer.chunks():
             pass
     except Exception as failure:
@@ -9127,7 +9127,7 @@ def _result(job: _Job, ask: Callable[..., Stream]) -> Result:
     elapsed = time.monotonic() - start
     if answer is None:
         return Result(job.id, job.index, elapsed=elapsed, error=error)
-    came, stats, spent = answer.completion, answer.stats, None
+    completion, stats, spent = answer.completion, answer.stats, None
     try:
         spent = answer.cost
     except (ArithmeticError, ValueError) as failure:  # an invalid price
@@ -9135,9 +9135,9 @@ def _result(job: _Job, ask: Callable[..., Stream]) -> Result:
     return Result(
         job.id,
         job.index,
-        came.text,
-        came,
-        came.usage,
+        completion.text,
+        completion,
+        completion.usage,
         spent,
         elapsed,
         stats.ttft,
@@ -9161,7 +9161,7 @@ def _work(clients: bytes, job: _Job) -> Result:
 
 
 #: seconds for which a batch draws requests while a result is ready
-_PATIENCE = 0.01
+_DRAW_SECONDS = 0.01
 
 
 class Batch:
@@ -9219,7 +9219,7 @@ class Batch:
             index: Any = self._next if self._ordered else next(iter(self._ready), None)
             is_ready = index in self._ready
             # a ready result does not wait for slow requests
-            if self._has_room and not (is_ready and time.monotonic() - began > _PATIENCE):
+            if self._has_room and not (is_ready and time.monotonic() - began > _DRAW_SECONDS):
                 self._draw()
             elif is_ready:
                 self._next += 1
@@ -9250,7 +9250,7 @@ class Batch:
             self._running[self._run.submit(job)] = job
 
     def _collect(self, wait: bool) -> None:
-        """Takes the finished results, or waits for one"""
+        """Takes the finished results; with ``wait``, waits for at least one"""
         import concurrent.futures
 
         timeout = None if wait else 0
@@ -9332,12 +9332,12 @@ class Batch:
 
 
 class _Threads:
-    """Makes the requests of a batch on threads of this process, those of an executor or its own"""
+    """Runs the requests of a batch on threads of this process, its own or those of an executor"""
 
-    def __init__(self, ask: Callable[..., Stream], workers: int, executor: Any) -> None:
+    def __init__(self, open_stream: Callable[..., Stream], workers: int, executor: Any) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        self._ask = ask
+        self._open_stream = open_stream
         self._own = None if executor is not None else ThreadPoolExecutor(workers, "sheepsse-batch")
         self._executor: Any = self._own if executor is None else executor
         self._lock = threading.Lock()
@@ -9354,8 +9354,8 @@ class _Threads:
     def _result(self, job: _Job) -> Result:
         opened: list[Stream] = []
 
-        def ask(*args: Any, **params: Any) -> Stream:
-            answer = self._ask(*args, **params)
+        def open_stream(*args: Any, **params: Any) -> Stream:
+            answer = self._open_stream(*args, **params)
             opened.append(answer)
             with self._lock:
                 self._open.add(answer)
@@ -9364,7 +9364,7 @@ class _Threads:
             return answer
 
         try:
-            return _result(job, ask)
+            return _result(job, open_stream)
         finally:
             with self._lock:
                 self._open.difference_update(opened)
@@ -9383,9 +9383,9 @@ class _Threads:
 
 
 class _Processes:
-    """Makes the requests by any other executor, whose workers may be processes: they get plain data, and no key
+    """Runs the requests by any other executor, whose workers may be processes: they get plain data, and no key
 
-    The limiter and the breaker act here: those of several processes would not know of one another.
+    The limiter and the breaker act in this process: each worker would count only its own requests.
     """
 
     def __init__(self, clients: Sequence[Client], executor: Any, limiter: Any, breaker: CircuitBreaker | None) -> None:
@@ -9395,22 +9395,22 @@ class _Processes:
         self._executor, self._limiter, self._breaker = executor, limiter, breaker
 
     def submit(self, job: _Job) -> Any:
-        held = contextlib.ExitStack()
+        slot = contextlib.ExitStack()
         try:
             _check_keyless(job.params)
             if self._limiter is not None:
-                held.enter_context(self._limiter.acquire())
-            passage = None if self._breaker is None else self._breaker.enter()
+                slot.enter_context(self._limiter.acquire())
+            admission = None if self._breaker is None else self._breaker.enter()
             future = self._executor.submit(_work, self._clients, job)
         except Exception as error:
-            held.close()
+            slot.close()
             return _failed_future(job, error)
 
         def done(future: Any) -> None:
-            held.close()
-            if passage is not None:
+            slot.close()
+            if admission is not None:
                 failure = None if future.cancelled() else future.exception() or future.result().error
-                passage.end(None if future.cancelled() else _was_success(failure))
+                admission.end(None if future.cancelled() else _was_success(failure))
 
         future.add_done_callback(done)
         return future
@@ -9469,12 +9469,12 @@ def batch(
     if isinstance(requests, Sequence):
         collections.deque(_with_new_ids(requests), 0)
         total = len(requests)
-    told = _progress(progress, total)
+    report = _progress(progress, total)
     clients, owned = _clients_of(client, params)
     run = _runner(clients, workers, executor, params)
     folder = None if checkpoint is None else os.fsdecode(checkpoint)
     in_flight = 2 * (workers if executor is None else getattr(executor, "_max_workers", None) or 4 * workers)
-    return Batch(_jobs(requests, params, folder), run, in_flight, ordered, told, clients if owned else ())
+    return Batch(_jobs(requests, params, folder), run, in_flight, ordered, report, clients if owned else ())
 
 
 def _runner(clients: Sequence[Client], workers: int, executor: Any, params: dict[str, Any]) -> _Threads | _Processes:
@@ -9491,7 +9491,7 @@ def _runner(clients: Sequence[Client], workers: int, executor: Any, params: dict
 
 
 def _check_keyless(params: Mapping[str, Any]) -> None:
-    """Raises where the options of a request hold a key, which must not go to other processes"""
+    """Raises TypeError if the options of a request hold a key: a key must not go to other processes"""
     if any(params.get(name) is not None for name in _CLIENT_OPTIONS) or _key_headers(params.get("headers") or {}):
         raise TypeError(
             "a key, or another option of a Client, is not sent to other processes: set the provider's variable"
@@ -9505,7 +9505,7 @@ def _jobs(requests: Iterable[Any], params: Mapping[str, Any], folder: str | None
 
 def _with_new_ids(requests: Iterable[Any]) -> Iterator[Any]:
     """The same requests; ValueError for a second request with the same id"""
-    seen: set[Any] = set()  # ids that were passed, without the indexes of all others
+    seen: set[Any] = set()  # explicit ids only: an endless generator has no bound on indexes
     for index, request in enumerate(requests):
         id = request.get("id") if isinstance(request, Mapping) else None
         try:
