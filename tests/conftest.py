@@ -256,6 +256,23 @@ def pytest_configure():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def environ_of(path="/chat/stream", method="POST", **more):
+    from wsgiref.util import setup_testing_defaults
+
+    environ = {"PATH_INFO": path, "REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": "", **more}
+    setup_testing_defaults(environ)
+    return environ
+
+
+def called(app, environ):
+    """The status and the body that an application gives"""
+    statuses = []
+    answer = app(environ, lambda status, headers: statuses.append(status))
+    body = b"".join(answer)
+    getattr(answer, "close", bool)()
+    return statuses[0], body
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out the tests whose folder is not there: nobody who has the repository alone can run them"""
     missing = {fixture for fixture, variable in FOLDERS.items() if not os.environ.get(variable)}

@@ -24,7 +24,7 @@ import requests
 
 import local_provider
 import sheepsse
-from conftest import HANG, PATIENT, asking, in_another_thread, until
+from conftest import HANG, PATIENT, asking, called, environ_of, in_another_thread, until
 from local_provider import TEXT, Answer, chat_events, error_answer
 from sheepsse import SSE_HEADERS, Limiter, relay
 
@@ -861,23 +861,6 @@ def test_a_body_over_the_limit_is_refused_when_it_was_sent(server, make):
             refused(server, requests.post(f"{url}/chat/stream", data=body, headers={"X-User": ""}), 401, "UNAUTHORIZED")
         body = json.dumps({"prompt": "x" * (1000 - len('{"prompt": ""}'))})
         assert requests.post(f"{url}/chat/stream", data=body).status_code == 200
-
-
-def environ_of(path="/chat/stream", method="POST", **more):
-    from wsgiref.util import setup_testing_defaults
-
-    environ = {"PATH_INFO": path, "REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": "", **more}
-    setup_testing_defaults(environ)
-    return environ
-
-
-def called(app, environ):
-    """The status and the body that an application gives"""
-    statuses = []
-    answer = app(environ, lambda status, headers: statuses.append(status))
-    body = b"".join(answer)
-    getattr(answer, "close", bool)()
-    return statuses[0], body
 
 
 def test_a_body_of_unknown_length_is_read_where_the_server_ends_it(client, server):
