@@ -1263,6 +1263,7 @@ class _JSONDecoder:
     def __init__(self, max_event_size: int = _MAX_EVENT_SIZE) -> None:
         self._max_event_size = max_event_size
         self._failure: InvalidStreamError | None = None
+        # not compiled with the class, which would slow down the import for all who never read JSON
         patterns = self._IN_STRING, self._OUTSIDE, self._BETWEEN
         self._in_string_match, self._outside_match, self._between_match = (re.compile(each).match for each in patterns)
         self._object = bytearray()  # that is not whole yet
@@ -8171,8 +8172,8 @@ class Stream:
     @property
     def _has_all(self) -> bool:
         """Whether the answer is whole, and no piece of it is in the queue"""
-        is_left = any(_has_content(chunk) for chunk, _, _ in self._queue)
-        return self._is_cached or ((self._is_whole or self._plan.dialect.whole) and not is_left)
+        is_whole = self._is_whole or self._plan.dialect.whole
+        return self._is_cached or (is_whole and not any(_has_content(chunk) for chunk, _, _ in self._queue))
 
     def _confirmed_chunks(self) -> Iterator[Chunk]:
         """The chunks of a checkpoint, which are returned once the new connection has given its first chunk"""
