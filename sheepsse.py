@@ -4691,6 +4691,7 @@ class Limiter:
             if delay:
                 held[origin] = max(held.get(origin, now), now + min(delay, longest))
             self._held_until = held
+            self._ring()  # a waiter for another provider may be the next one now
 
     def _acquire(
         self,
@@ -7939,18 +7940,17 @@ class Stream:
             return None
         except _StreamClosed:
             self._give_up()
-            self._finish()
             return None
         except SheepError as error:
             self._end_passage(self._outcome(error))
             if isinstance(error, StreamCancelled) or _is_late(self._wire):
                 self._give_up()
-            self._finish()
+            else:
+                self._finish()
             self._report(error)
             raise error.with_traceback(None)  # noqa: B904  # our functions on the way may hold a URL with a key
         except BaseException:
             self._give_up()
-            self._finish()
             raise
         finally:
             self._lock.release()
@@ -8453,9 +8453,12 @@ class Stream:
             on_give_up(error, self._attempts)
 
     def _give_up(self) -> None:
-        """Cancels the job of an answer that nobody waits for"""
-        if not self._answer.complete and self._wire.is_own:
-            self._sender.cancel_job(self._answer.id)
+        """Cancels the job of an answer that nobody waits for, and releases all that is held"""
+        try:
+            if not self._answer.complete and self._wire.is_own:
+                self._sender.cancel_job(self._answer.id)
+        finally:  # the job's server, or a second Ctrl-C, may raise anything
+            self._finish()
 
     def _release(self) -> None:
         """Releases the connection and the journal; may be called again"""
@@ -8493,9 +8496,10 @@ class Stream:
         self._wire.end("closed")
         if self._lock.acquire(blocking=False):  # else the reader's thread wakes, and closes
             try:
-                if not self._is_over:
+                if self._is_over:
+                    self._finish()
+                else:
                     self._give_up()
-                self._finish()
             finally:
                 self._lock.release()
 

@@ -1040,3 +1040,32 @@ def test_after_a_word_there_is_no_fallback(server, client):
     assert pieces
     assert type(error) is sheepsse.StreamInterrupted
     assert len(server.requests) == 1
+
+
+def test_a_waiter_for_another_provider_takes_the_turn_of_one_that_is_held_back():
+    limiter = sheepsse.Limiter(max_concurrent=5, rate=1, period=0.5, queue_timeout=None)
+    bells, got, ended = {"a": threading.Event(), "b": threading.Event()}, threading.Event(), threading.Event()
+    limiter.acquire()
+
+    def check():
+        if ended.is_set():
+            raise sheepsse.StreamCancelled
+
+    def wait_for(origin):
+        try:
+            limiter._acquire(0, None, bell=bells[origin], check=check, origin=origin)
+            got.set()
+        except sheepsse.StreamCancelled:
+            pass
+
+    threads = [threading.Thread(target=wait_for, args=(origin,), daemon=True) for origin in bells]
+    for place, thread in enumerate(threads, 1):
+        thread.start()
+        until(lambda place=place: limiter.stats().queued == place)
+    limiter.apply_headers({"Retry-After": "100"}, 429, origin="a")
+    assert got.wait(HANG)
+    ended.set()
+    for origin, thread in zip(bells, threads):
+        bells[origin].set()
+        thread.join(HANG)
+        assert not thread.is_alive()

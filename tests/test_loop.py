@@ -7,6 +7,7 @@ import tracemalloc
 import weakref
 
 import pytest
+import requests
 
 import local_provider
 import sheepsse
@@ -248,3 +249,23 @@ def test_nothing_but_the_text_grows_with_a_stream(monkeypatch):
                 stream.close()
 
     assert grown(20_000) < 5 * 20_000 + 500_000
+
+
+def test_an_error_while_a_job_is_cancelled_leaves_no_slot_behind_and_no_torn_answer_that_looks_whole(server, tmp_path):
+    class Unwilling(requests.Session):
+        def request(self, method, url, **options):
+            if url.endswith("/cancel"):
+                raise RuntimeError("unwilling")
+            return super().request(method, url, **options)
+
+    limiter, url = sheepsse.Limiter(max_concurrent=1), server.origin + local_provider.DIALECT_BASES["openai-responses"]
+    server.answer(Answer(stall_after=8))
+    with asking(server, base_url=url, dialect="openai-responses", limiter=limiter, session=Unwilling()) as client:
+        stream = client.stream("Go", background=True, checkpoint=tmp_path)
+        came = [next(stream)]
+        with pytest.raises(RuntimeError, match="unwilling"):
+            stream.close()
+        assert limiter.stats().active == 0
+        assert (list(stream), stream.completion.complete, stream.text) == ([], False, "".join(came))
+    (path,) = tmp_path.iterdir()
+    assert b'"complete"' not in path.read_bytes()
