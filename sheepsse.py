@@ -1727,18 +1727,25 @@ class Dialect:
         read, written = known["cache_read"], known["cache_write"]
         return Usage(known["input"], output, total, read, written, reasoning, known.get("cost"))
 
+    @property
+    def holds_half(self) -> bool:
+        """Whether the half of a character is held back"""
+        return bool(self._halves)
+
     def _without_halves(self, chunk: Chunk) -> Chunk:
         """The chunk without lone surrogates: the first half of a pair is held back until the second comes"""
         said = chunk.text + chunk.reasoning + chunk.refusal + "".join([call.arguments for call in chunk.tool_calls])
         if not self._halves and (said.isascii() or not _SURROGATE.search(said)):
             return chunk
         calls = (call._replace(arguments=self._joined(chunk, call.index, call.arguments)) for call in chunk.tool_calls)
-        return chunk._replace(
+        chunk = chunk._replace(
             text=self._joined(chunk, "text", chunk.text),
             reasoning=self._joined(chunk, "reasoning", chunk.reasoning),
             refusal=self._joined(chunk, "refusal", chunk.refusal),
             tool_calls=tuple(calls),
         )
+        # without the id, no other process resumes after this event and loses the half
+        return chunk._replace(event_id="") if self._halves else chunk
 
     def _joined(self, chunk: Chunk, field: str | int, piece: str) -> str:
         if not piece:
@@ -4587,14 +4594,42 @@ class Slot:
         self.release()
 
 
-class _Waiter(NamedTuple):
+class _Bell:
+    """Wakes the thread that waits for it; may be rung by a destructor or a signal handler in the midst of that wait
+
+    An Event could lock its own thread there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        """Ends the wait, or the next one"""
+        with contextlib.suppress(RuntimeError):  # it rings already
+            self._lock.release()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits until it rings, for ``seconds`` at most"""
+        self._lock.acquire(timeout=-1 if seconds is None else max(seconds, 0.0))
+
+    def silence(self) -> None:
+        """Forgets a ring"""
+        self._lock.acquire(blocking=False)
+
+
+class _Waiter:
     """A caller that waits for a slot; waiters are sorted by priority, then by arrival"""
 
-    order: tuple[float, int]
-    user: Any
-    origin: str
-    bell: threading.Event
-    on_position: Callable[[int], object] | None
+    def __init__(self, order: tuple[float, int], user: Any, origin: str, bell: _Bell, is_reported: bool) -> None:
+        self.order, self.user, self.origin, self.bell = order, user, origin, bell
+        #: whether its position is reported
+        self.is_reported = is_reported
+        #: whether its thread reports the position: it takes no slot meanwhile, and others may
+        self.is_away = False
+
+    def __lt__(self, other: _Waiter) -> bool:
+        return self.order < other.order
 
 
 class Limiter:
@@ -4699,7 +4734,7 @@ class Limiter:
         user: Any,
         on_position: Callable[[int], object] | None = None,
         timeout: float | None = None,
-        bell: threading.Event | None = None,
+        bell: _Bell | None = None,
         check: Callable[[], object] = bool,
         origin: str = "",
     ) -> Slot:
@@ -4707,10 +4742,10 @@ class Limiter:
         hash(user)  # an unhashable user is refused here, not while others wait
         limits = [limit for limit in (timeout, self.queue_timeout) if limit is not None]
         until = self._clock() + min(limits) if limits else None
-        bell = threading.Event() if bell is None else bell
+        bell = _Bell() if bell is None else bell
         with self._settled():
             self._number += 1
-            waiter = _Waiter((-priority, self._number), user, origin, bell, on_position)
+            waiter = _Waiter((-priority, self._number), user, origin, bell, on_position is not None)
             bisect.insort(self._queue, waiter)
         slot, place = None, 0
         try:
@@ -4720,11 +4755,14 @@ class Limiter:
                     if slot is None:
                         place = 1 + self._queue.index(waiter)
                         pause = self._pause(waiter, place, until, is_new=before == 0)
-                if slot is None:
-                    if on_position is not None and place != before:
-                        on_position(place)
+                        waiter.is_away = on_position is not None and place != before
+                        if waiter.is_away:
+                            self._ring()
+                if slot is None and on_position is not None and waiter.is_away:
+                    on_position(place)
+                    waiter.is_away = False
+                elif slot is None:
                     self._wait(bell, pause)
-                bell.clear()  # before the check: it may serve for more than this wait
                 check()
             return slot
         except BaseException:
@@ -4732,6 +4770,8 @@ class Limiter:
                 slot.release()
             self._leave(waiter)
             raise
+        finally:
+            bell.silence()  # it may serve for more than this wait
 
     def _taken(self, waiter: _Waiter) -> Slot | None:
         """A slot, if one is free and this waiter is the next"""
@@ -4774,7 +4814,7 @@ class Limiter:
             pauses.append(max(held or self._delay(now), TokenBucket._LEAST))
         return min(pauses, default=None)
 
-    def _wait(self, bell: threading.Event, pause: float | None) -> None:
+    def _wait(self, bell: _Bell, pause: float | None) -> None:
         if self._sleep is not None and pause is not None:
             self._sleep(pause)
         else:
@@ -4827,14 +4867,11 @@ class Limiter:
     def _next(self) -> _Waiter | None:
         """The next waiter: the first one whose user is below the limit, and whose provider is not held back"""
         limit, now = self.max_per_user, self._clock()
-        return next(
-            (
-                waiter
-                for waiter in self._queue
-                if (limit is None or self._users.get(waiter.user, 0) < limit) and not self._hold(waiter, now)
-            ),
-            None,
-        )
+        for waiter in self._queue:
+            is_below = limit is None or self._users.get(waiter.user, 0) < limit
+            if is_below and not waiter.is_away and not self._hold(waiter, now):
+                return waiter
+        return None
 
     def _hold(self, waiter: _Waiter, now: float) -> float:
         """Seconds for which its provider is still held back"""
@@ -4855,8 +4892,8 @@ class Limiter:
         """Wakes the next waiter, and those that want their position"""
         first = self._next()
         for waiter in self._queue:
-            if waiter is first or waiter.on_position is not None:
-                waiter.bell.set()
+            if waiter is first or waiter.is_reported:
+                waiter.bell.ring()
 
 
 class _BoundLimiter(NamedTuple):
@@ -5068,7 +5105,7 @@ class _Wire:
         #: the process that opened it
         self.process = os.getpid()
         self._socket: socket.socket | None = None
-        self.wake = threading.Event()  # set when the call is ended
+        self.wake = _Bell()  # rings when the call is ended
 
     def expect(self, seconds: float | None, reason: str) -> None:
         """Sets the time limit for the next chunk, from now on"""
@@ -5105,7 +5142,7 @@ class _Wire:
             self.ended = self.ended or why
             if self._socket is not None and self.is_own:
                 _shut_down(self._socket)
-        self.wake.set()
+        self.wake.ring()
 
     def begin_process(self) -> None:
         """Takes the wire over for this process"""
@@ -5169,7 +5206,8 @@ class _Wire:
 
     def pause(self, seconds: float) -> None:
         """Waits, until the call is ended"""
-        self.wake.wait(seconds)
+        if not self.ended:
+            self.wake.wait(seconds)
 
 
 #: the wire of the call that this thread is sending; urllib3 offers no other way to pass it to a connection
@@ -5471,6 +5509,7 @@ def _send(
     handled = sys.exc_info()[1]  # an exception that the caller is handling is no cause of a failure here
     limits = [limit for limit in (connect_timeout, wire.seconds_left()) if limit is not None]
     timeout = (min(limits, default=None), wire.seconds_left())
+    former = _wire_of_thread()  # a Stream that is collected while this thread connects may cancel its job
     _sending.wire, wire.connect_timeout = wire, connect_timeout
     try:
         wire.check()
@@ -5489,7 +5528,7 @@ def _send(
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise _connect_error(error, where, _proxy_of(via, url, options), handled) from error
     finally:
-        _sending.wire = None
+        _sending.wire = former
 
 
 def _as_pair(timeout: float | tuple[float | None, float | None] | None) -> tuple[float | None, float | None]:
@@ -5913,6 +5952,8 @@ class _Plan:
     keeps_reader = True
     #: whether progress before the loss resets the count of failures
     resets_budget = False
+    #: whether the server is asked for the events after an id; a difference shows that the id is of another answer
+    uses_ids = False
     #: whether all events and chunks are new
     is_plain = True
     #: what was returned, as far as the server has still to repeat it
@@ -5994,6 +6035,8 @@ class _Poll(_Repeated):
 
 class _ByIds(_Repeated):
     """The events of the same generation after the cursor; the server may begin there, before it, or at the first one"""
+
+    uses_ids = True
 
     def __init__(self, lost: _Lost, ask: _HTTPRequest, reader: Dialect, given: _Given | None) -> None:
         super().__init__(ask, reader, lost.answer, given)
@@ -7657,6 +7700,8 @@ class _Sender:
         """Whether this sender may succeed where another one failed with the error"""
         if isinstance(error, (QueueFullError, QueueTimeoutError)) and self.has_limiter_of(other):
             return False
+        if isinstance(error, CheckpointError):  # of this machine, not of a provider
+            return False
         if not self.is_fallback:
             refusals = CircuitOpenError, QueueFullError, QueueTimeoutError, QuotaError
             return error.retryable or isinstance(error, refusals)
@@ -7954,6 +7999,8 @@ class Stream:
             raise
         finally:
             self._lock.release()
+            if self._wire.ended == "closed" and not self._is_over:  # close() found the lock held
+                self.close()
 
     # Opening: a checkpoint, a slot, the first response
 
@@ -8286,9 +8333,17 @@ class Stream:
         if reading.is_document and isinstance(error, StreamError) and not (self._answer.given or reading.said):
             error = _refused_with_200(error)
         self._close_reading()
+        if reading.plan.uses_ids and isinstance(error, StreamInterrupted) and not error.retryable:
+            self._forget_ids()
         judged = self._sender.judged(error, self._wire)
         judged.__cause__ = error.__cause__
         return judged
+
+    def _forget_ids(self) -> None:
+        """The server has given another answer, whose events may have the ids of this one: none resumes from them"""
+        self._marks = _Marks()
+        if self._journal is not None:
+            self._journal.write([_chunk_fields(Chunk())])  # a chunk without an id, which cannot be resumed after
 
     def _reconnect(self, lost: SheepError) -> None:
         """Reads on by another connection; raises the error where there is none"""
@@ -8442,7 +8497,8 @@ class Stream:
     def _report(self, error: SheepError) -> None:
         """Completes an error that goes to the caller, and logs it"""
         self._answer.complete = False
-        _set_partial(error, self._answer, self._marks.known)
+        marks = self._marks.known if not self._plan.dialect.holds_half else ()  # another process would lose the half
+        _set_partial(error, self._answer, marks)
         self._sender.completed(error)
         if isinstance(error, StreamCancelled):
             return
@@ -8463,23 +8519,26 @@ class Stream:
     def _release(self) -> None:
         """Releases the connection and the journal; may be called again"""
         self._wire.detach()
-        if self._sender.response is not None:
-            self._sender.response.close()
-        if self._journal is not None:
-            self._journal.close()
+        try:
+            if self._sender.response is not None:
+                self._sender.response.close()
+        finally:
+            if self._journal is not None:
+                self._journal.close()
 
     def _finish(self) -> None:
         """Releases all that is held; may be called again"""
         self._is_over = True
         if self._clock.end is None and self._clock.start is not None:
             self._clock.end = time.monotonic()
-        self._release()
-        self._release_slot()
-        if self._alignment is not None and self._answer.given:
-            self._align(self._alignment, cut=True)
-        if self._sender.is_owned:
-            self._sender.client.close()
-        self._end_passage(None)
+        with contextlib.ExitStack() as held:  # released in reverse order, and all where one cannot be
+            held.callback(self._end_passage, None)
+            if self._sender.is_owned:
+                held.callback(self._sender.client.close)
+            if self._alignment is not None and self._answer.given:
+                held.callback(self._align, self._alignment, cut=True)
+            held.callback(self._release_slot)
+            held.callback(self._release)
 
     def __enter__(self) -> Stream:
         self._read(is_to_open=True)

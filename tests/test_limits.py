@@ -418,6 +418,86 @@ def test_a_waiter_is_told_its_place():
     assert [place for number, place in places if number == 2] == [3, 2, 1]
 
 
+def test_who_is_slow_to_hear_its_place_keeps_no_slot_from_those_behind():
+    limiter, told, served = Limiter(2, queue_timeout=None), threading.Event(), []
+    slots = [limiter.acquire(), limiter.acquire()]
+    hearing, heard = threading.Event(), threading.Event()
+
+    def slow(place):
+        hearing.set()
+        heard.wait(HANG)
+
+    def work(name, on_position=None):
+        with limiter.acquire(on_position=on_position):
+            served.append(name)
+            told.wait(HANG)
+
+    threads = [threading.Thread(target=work, args=("slow", slow))]
+    threads += [threading.Thread(target=work, args=(name,)) for name in ("second", "third")]
+    for thread in threads:
+        thread.start()
+        assert until(lambda: limiter.stats().queued == len([each for each in threads if each.ident]))
+    assert hearing.wait(HANG)
+    for slot in slots:
+        slot.release()
+    assert until(lambda: len(served) == 2)
+    assert sorted(served) == ["second", "third"]
+    heard.set()
+    told.set()
+    for thread in threads:
+        thread.join(HANG)
+    assert sorted(served) == ["second", "slow", "third"]
+
+
+def test_who_is_slow_to_hear_its_place_does_not_stop_the_rate():
+    limiter, heard = Limiter(9, rate=1, period=0.5, queue_timeout=None), threading.Event()
+    limiter.acquire()
+    slow = {"on_position": lambda place: place == 1 and heard.wait(HANG)}
+    waiting = [{}, slow, {}]  # the second is told of its first place while the third waits
+    threads = [threading.Thread(target=limiter.acquire, kwargs=options) for options in waiting]
+    for number, thread in enumerate(threads, 1):
+        thread.start()
+        assert until(lambda number=number: limiter.stats().queued == number)
+    assert until(lambda: limiter.stats().queued == 1)
+    assert threads[1].is_alive()
+    heard.set()
+    for thread in threads:
+        thread.join(HANG)
+    assert limiter.stats().queued == 0
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_a_bell_may_be_rung_at_any_moment_of_a_wait_by_the_thread_that_waits(moment):
+    bell, calls = sheepsse._Bell(), []
+
+    def ring(frame, event, argument):
+        calls.append(event)
+        if len(calls) == moment:
+            sys.setprofile(None)
+            bell.ring()
+
+    sys.setprofile(ring)
+    try:
+        bell.wait(0.01)
+    finally:
+        sys.setprofile(None)
+    bell.ring()
+    bell.ring()
+    bell.wait()
+    bell.ring()
+    bell.silence()
+    bell.wait(0)
+    bell.wait(-1)
+
+
+def test_a_ring_that_comes_as_the_wait_for_a_slot_fails_ends_no_later_wait(clock):
+    limiter, bell = Limiter(1, queue_timeout=5, clock=clock), sheepsse._Bell()
+    limiter._sleep = lambda seconds: (clock.sleep(seconds), bell.ring())
+    with limiter.acquire(), pytest.raises(QueueTimeoutError):
+        limiter._acquire(0, None, bell=bell)
+    assert not bell._lock.acquire(blocking=False)
+
+
 def test_a_slot_given_back_in_the_midst_of_a_collection_does_no_harm(monkeypatch):
     limiter = Limiter(2)
     kept = limiter.acquire()
@@ -615,6 +695,32 @@ def test_anything_with_an_acquire_may_be_the_limiter(server):
     with asking(server, limiter=Own()) as client:
         assert "".join(client.stream("Good day?")) == TEXT
     assert held == ["acquired", "entered", "left"]
+
+
+def test_all_is_released_where_a_slot_of_the_callers_own_cannot_be(server, tmp_path):
+    class Own:
+        def acquire(self):
+            return self
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise ZeroDivisionError
+
+    breaker = CircuitBreaker(1)
+    server.default = Answer(stall_after=4)
+    with asking(server, limiter=Own(), breaker=breaker) as client:
+        stream = client.stream("Good day?", checkpoint=tmp_path)
+        next(stream)
+        with pytest.raises(ZeroDivisionError):
+            stream.close()
+        assert server.wait_closed(HANG)
+        server.default = Answer()
+        with pytest.raises(ZeroDivisionError):  # its checkpoint is in use no more
+            "".join(client.stream("Good day?", checkpoint=tmp_path))
+    assert breaker.state == "closed"
+    assert sheepsse.Checkpoints(tmp_path).load(next(iter(sheepsse.Checkpoints(tmp_path)))).text == TEXT
 
 
 def test_what_the_provider_says_of_its_limits_slows_the_next_stream_down(server, clock):
@@ -912,6 +1018,14 @@ def test_what_was_saved_and_not_given_is_no_reason_to_ask_nobody_else(server, ot
     assert text == "The other says so."
 
 
+def test_a_checkpoint_in_use_is_no_reason_to_ask_another_client(server, other, two, tmp_path):
+    with sheepsse.stream("Good day?", client=two, checkpoint=tmp_path) as first:
+        next(first)
+        pieces, error = read(sheepsse.stream("Good day?", client=two, checkpoint=tmp_path))
+    assert (pieces, type(error), error.retryable) == ([], sheepsse.CheckpointError, True)
+    assert (len(server.requests), other.requests) == (1, [])
+
+
 def test_a_cancel_between_two_clients_is_not_lost(server, two, monkeypatch):
     server.default = error_answer(503)
     stream = sheepsse.stream("Good day?", client=two)
@@ -1044,7 +1158,7 @@ def test_after_a_word_there_is_no_fallback(server, client):
 
 def test_a_waiter_for_another_provider_takes_the_turn_of_one_that_is_held_back():
     limiter = sheepsse.Limiter(max_concurrent=5, rate=1, period=0.5, queue_timeout=None)
-    bells, got, ended = {"a": threading.Event(), "b": threading.Event()}, threading.Event(), threading.Event()
+    bells, got, ended = {"a": sheepsse._Bell(), "b": sheepsse._Bell()}, threading.Event(), threading.Event()
     limiter.acquire()
 
     def check():
@@ -1066,6 +1180,6 @@ def test_a_waiter_for_another_provider_takes_the_turn_of_one_that_is_held_back()
     assert got.wait(HANG)
     ended.set()
     for origin, thread in zip(bells, threads):
-        bells[origin].set()
+        bells[origin].ring()
         thread.join(HANG)
         assert not thread.is_alive()

@@ -600,6 +600,28 @@ def test_a_new_generation_under_the_same_id_is_found_out_by_its_words(server):
     assert ANSWER.startswith("".join(pieces))
 
 
+@pytest.mark.parametrize("by", ["checkpoint", "resume_from"])
+@pytest.mark.parametrize("dialect", ["openai", "anthropic", "gemini"])
+def test_once_another_answer_was_seen_the_ids_of_this_one_are_used_no_more(server, tmp_path, dialect, by):
+    case = Case("", "", dialect=dialect, answer=Answer(ids="numbers"), again={"replay": "forget"})
+    server.answer(case.first._replace(cut_after=9))
+    server.default = case.later
+    options = {"checkpoint": tmp_path} if by == "checkpoint" else {}
+    with asking_for(case, server) as client:
+        pieces, error = read(client.stream("Hi", resume="replay", **options))
+        assert "another answer" in str(error)
+        server.default = Answer(text=ANSWER, ids="numbers")  # which has events of the newer answer under the same ids
+        server.requests.clear()
+        options = options or {"resume_from": error}
+        again = client.stream("Hi", resume="replay", **options)
+        more, error = read(again)
+    assert not any(request.headers["Last-Event-ID"] for request in server.requests)
+    if by == "checkpoint":
+        assert ("".join(more), error, again.continuity) == (ANSWER, None, "restarted")
+    else:
+        assert (more, type(error), server.requests) == ([], sheepsse.StreamInterrupted, [])
+
+
 def test_a_continuation_that_is_refused_is_remembered_and_the_next_strategy_taken(server):
     case = continued("deepseek", "deepseek-chat")
     server.default = Answer(text=ANSWER, cut_after=9)
@@ -955,6 +977,25 @@ def test_a_job_is_waited_for_no_longer_than_the_deadline(server, clock):
     assert clock.now == 11  # it is cancelled when the deadline has passed
     assert isinstance(error, sheepsse.SheepError)
     assert error.partial.text == "".join(pieces) != ""
+
+
+def test_a_job_that_is_dropped_while_another_call_connects_leaves_its_limits_alone(server, monkeypatch):
+    plain = sheepsse._connected
+    server.answer(BACKGROUND.first)
+    with asking_for(BACKGROUND, server) as client:
+        dropped = [client.stream("Hi", **BACKGROUND.params)]
+        next(dropped[0])
+
+        def connected(*arguments):
+            monkeypatch.setattr(sheepsse, "_connected", plain)
+            dropped.clear()  # which sends the request to cancel its job
+            return plain(*arguments)
+
+        monkeypatch.setattr(sheepsse, "_connected", connected)
+        server.default = Answer(stall_after=1, keepalive=0.05)
+        with asking(server, retry=0, timeout=None, first_timeout=0.3, idle_timeout=0.3) as other:
+            _, error = read(other.stream("Hi"))
+    assert (type(error), len(server.cancelled)) == (sheepsse.StreamTimeout, 1)
 
 
 def test_a_whole_answer_in_the_background_is_waited_for(server):

@@ -62,6 +62,23 @@ class World:
                     world.sleep(timeout)
                 return self.is_set()
 
+        class Lock:
+            def __init__(self):
+                self._lock = threading.Lock()
+                self.release = self._lock.release
+
+            def acquire(self, blocking=True, timeout=-1):
+                if blocking and self._lock.locked():
+                    assert timeout >= 0, "a wait that nobody ends"
+                    world.sleep(timeout)
+                return self._lock.acquire(blocking=False)
+
+            def __enter__(self):
+                return self.acquire()
+
+            def __exit__(self, *error):
+                self.release()
+
         class Thread:
             """Runs to its end as it starts; a watcher, which has none, does not run"""
 
@@ -77,7 +94,7 @@ class World:
         modules = {
             "socket": Instead(socket, getaddrinfo=lambda *_: [address], socket=lambda *_: Socket(self)),
             "os": Instead(os, write=self.write),
-            "threading": Instead(threading, Event=Event, Thread=Thread),
+            "threading": Instead(threading, Event=Event, Lock=Lock, Thread=Thread),
         }
         for name, module in modules.items():
             monkeypatch.setattr(sheepsse, name, module)

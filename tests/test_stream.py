@@ -914,6 +914,26 @@ def test_a_cancel_and_a_close_from_another_thread_are_no_second_reader(server, c
     assert error is None or type(error) is sheepsse.StreamCancelled
 
 
+def test_close_from_another_thread_as_a_chunk_is_returned_needs_no_further_read(server, monkeypatch):
+    limiter, plain = sheepsse.Limiter(1), sheepsse.Stream._next
+
+    def closed_meanwhile(stream):
+        chunk = plain(stream)
+        closer = threading.Thread(target=stream.close)
+        closer.start()
+        closer.join(HANG)
+        return chunk
+
+    server.default = Answer(stall_after=5)
+    monkeypatch.setattr(sheepsse.Stream, "_next", closed_meanwhile)
+    with asking(server, limiter=limiter, **PATIENT) as client:
+        chunks = client.stream("Go").chunks()
+        next(chunks)
+        assert limiter.stats().active == 0
+        assert server.wait_closed(HANG)
+        assert list(chunks) == []
+
+
 @every_framing
 def test_close_from_another_thread_ends_a_reader_quietly(either_server, framing):
     either_server.default = Answer(framing=framing, stall_after=3)

@@ -762,6 +762,22 @@ def test_half_a_character_before_a_loss_is_no_text(server, client):
     assert (came, error.partial.text) == (["A"], "A")
 
 
+@pytest.mark.parametrize("by", ["checkpoint", "resume_from"])
+def test_no_other_call_resumes_after_half_a_character(server, client, tmp_path, by):
+    pieces = in_field("text", ["A", "B", HIGH, LOW]).split(b"data: ")[1:]
+    body = b"".join(b"id: %d\ndata: %b" % (number, piece) for number, piece in enumerate(pieces, 1))
+    for cut_after in (2, 3):
+        options = {"checkpoint": tmp_path / str(cut_after)} if by == "checkpoint" else {}
+        server.answer(Answer(body=body, cut_after=cut_after))
+        came, error = read(client.stream("Go", resume="never", **options))
+        assert came == ["A", "B"]
+        server.requests.clear()
+        server.answer(Answer(body=body))
+        read(client.stream("Go", resume="replay", **(options or {"resume_from": error})))
+        ids = [request.headers["Last-Event-ID"] for request in server.requests]
+        assert ids == (["2"] if cut_after == 2 else [None] if by == "checkpoint" else [])
+
+
 # 6. What a Responses stream has only in .done events and items
 
 
