@@ -5221,10 +5221,9 @@ def _wire_of_thread() -> _Wire | None:
 class _WireReader(io.RawIOBase):
     """Reads a socket, each recv within the limits of a wire"""
 
-    def __init__(self, sock: Any, mode: str, wire: _Wire) -> None:
-        self._raw = sock.makefile(mode, buffering=0)  # keeps the socket open when its connection is closed
-        self._socket = sock
-        self._wire = wire
+    def __init__(self, sock: Any, raw: Any, wire: _Wire) -> None:
+        self._socket, self._wire = sock, wire
+        self._raw = raw  # keeps the socket open when its connection is closed
 
     def readable(self) -> bool:
         return True
@@ -5252,7 +5251,9 @@ class _WireSocket:
         self._socket, self._wire = sock, wire
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_WireReader(self._socket, mode, self._wire), _BUFFER)
+        # made here, for a call less on the stack: a page of memory less for each thread
+        raw = self._socket.makefile(mode, buffering=0)
+        return io.BufferedReader(_WireReader(self._socket, raw, self._wire), _BUFFER)
 
 
 class _WireResponse(_HTTPResponse):

@@ -1156,7 +1156,7 @@ def test_a_socket_inside_another_object_is_found(pair):
 
 def test_what_reads_for_a_wire_may_be_closed_again(pair):
     wire = sheepsse._Wire()
-    reader = sheepsse._WireReader(pair[0], "rb", wire)
+    reader = sheepsse._WireReader(pair[0], pair[0].makefile("rb", buffering=0), wire)
     wire.attach(pair[0])
     reader.close()
     reader.close()
