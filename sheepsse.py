@@ -7777,10 +7777,10 @@ class _Sender:
 
     def _accepted(self, ask: _HTTPRequest, response: requests.Response, wire: _Wire) -> requests.Response:
         """Returns the response where its status is a success, else raises its error"""
-        self._secrets.hide_response(response)
         self.response = response
         headers, status = response.headers, response.status_code
-        self.request_id = headers.get("x-request-id") or headers.get("request-id") or self.own_request_id
+        given_id = headers.get("x-request-id") or headers.get("request-id")
+        self.request_id = self._secrets.hide(given_id) if given_id else self.own_request_id
         _log.debug("request %s: status %d", self.own_request_id, status)
         if isinstance(self.options.limiter, (Limiter, _BoundLimiter)):
             longest = self.options.retry.max_retry_after
@@ -7795,6 +7795,7 @@ class _Sender:
             body = _error_body(response, wire)
         finally:
             response.close()
+        self._secrets.hide_response(response)
         # so that .text and .json() of the response of the error work, though the response is closed
         response._content = self._secrets.hide_bytes(body)
         response._content_consumed = True
@@ -7840,10 +7841,17 @@ class _Sender:
     def completed(self, error: SheepError) -> SheepError:
         """The error with request id, request and response, without the key"""
         error.request_id = error.request_id or self.request_id
-        if error.response is None and self.response is not None:
-            error.response, error.request = self.response, self.response.request
+        shown = self.shown_response()
+        if error.response is None and shown is not None:
+            error.response, error.request = shown, shown.request
         self._secrets.hide_error(error)
         return error
+
+    def shown_response(self) -> requests.Response | None:
+        """The response in use, from now on without the key; nobody else sees a response"""
+        if self.response is not None:
+            self._secrets.hide_response(self.response)
+        return self.response
 
     def cancel_job(self, id: str) -> None:
         """Requests that the service cancel a job; a failure is only logged"""
@@ -7905,6 +7913,7 @@ class Stream:
         self._lock = threading.Lock()  # held by the thread that reads
         self._is_open = False
         self._is_over = False
+        self._is_released = False  # whether nothing is held any more
         self._attempts_before = 0  # by senders before this one
         self._slot: ContextManager[object] | None = None  # of the limiter, while it is held
         self._passage: _Admission | None = None  # through the breaker
@@ -8529,7 +8538,7 @@ class Stream:
 
     def _finish(self) -> None:
         """Releases all that is held; may be called again"""
-        self._is_over = True
+        self._is_over = self._is_released = True
         if self._clock.end is None and self._clock.start is not None:
             self._clock.end = time.monotonic()
         with contextlib.ExitStack() as held:  # released in reverse order, and all where one cannot be
@@ -8556,10 +8565,10 @@ class Stream:
         self._wire.end("closed")
         if self._lock.acquire(blocking=False):  # else the reader's thread wakes, and closes
             try:
-                if self._is_over:
-                    self._finish()
-                else:
+                if not self._is_over:
                     self._give_up()
+                elif not self._is_released:
+                    self._finish()
             finally:
                 self._lock.release()
 
@@ -8642,7 +8651,7 @@ class Stream:
     @property
     def response(self) -> requests.Response | None:
         """The response in use, None before there is one; its request shows no key"""
-        return self._sender.response
+        return self._sender.shown_response()
 
 
 class Client:
