@@ -4611,7 +4611,7 @@ class _Bell:
 
     def wait(self, seconds: float | None = None) -> None:
         """Waits until it rings, for ``seconds`` at most"""
-        self._lock.acquire(timeout=-1 if seconds is None else max(seconds, 0.0))
+        self._lock.acquire(timeout=-1 if seconds is None else min(max(seconds, 0.0), threading.TIMEOUT_MAX))
 
     def silence(self) -> None:
         """Forgets a ring"""
@@ -8538,7 +8538,7 @@ class Stream:
 
     def _finish(self) -> None:
         """Releases all that is held; may be called again"""
-        self._is_over = self._is_released = True
+        self._is_over = True
         if self._clock.end is None and self._clock.start is not None:
             self._clock.end = time.monotonic()
         with contextlib.ExitStack() as held:  # released in reverse order, and all where one cannot be
@@ -8549,6 +8549,7 @@ class Stream:
                 held.callback(self._align, self._alignment, cut=True)
             held.callback(self._release_slot)
             held.callback(self._release)
+        self._is_released = True
 
     def __enter__(self) -> Stream:
         self._read(is_to_open=True)

@@ -485,6 +485,8 @@ def test_a_bell_may_be_rung_at_any_moment_of_a_wait_by_the_thread_that_waits(mom
     bell.ring()
     bell.wait()
     bell.ring()
+    bell.wait(1e30)
+    bell.ring()
     bell.silence()
     bell.wait(0)
     bell.wait(-1)
