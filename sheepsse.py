@@ -407,9 +407,9 @@ class CheckpointError(SheepError):
 
 _HIDDEN = "[hidden]"
 #: names of headers that carry keys, of vendors and of gateways (``Helicone-Auth``, ``X-Auth-Token``)
-_KEY_HEADER = re.compile("auth|cookie|credential|key$|password|secret|token", re.IGNORECASE)
+_KEY_HEADER = "(?i)auth|cookie|credential|key$|password|secret|token"
 #: names of URL parameters that carry keys
-_KEY_PARAMETER = re.compile("access|auth|code|credential|key|pass|secret|sig|token", re.IGNORECASE)
+_KEY_PARAMETER = "(?i)access|auth|code|credential|key|pass|secret|sig|token"
 
 
 class _Key(str):
@@ -432,7 +432,7 @@ class _Hidden(Dict[str, Any]):
 
 def _key_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     """The headers that carry a key"""
-    return {name: value for name, value in headers.items() if _KEY_HEADER.search(name) and value is not None}
+    return {name: value for name, value in headers.items() if re.search(_KEY_HEADER, name) and value is not None}
 
 
 class _Secrets:
@@ -450,7 +450,7 @@ class _Secrets:
             words.update(runs[1:] or runs)
         parts = _split_url(url)
         pairs = (pair.partition("=") for pair in parts.query.split("&"))
-        found = [value for name, _, value in pairs if _KEY_PARAMETER.search(name)]
+        found = [value for name, _, value in pairs if re.search(_KEY_PARAMETER, name)]
         found.append(parts.netloc.rpartition("@")[0].partition(":")[2])
         for proxy in (proxies or {}).values():
             # urlsplit fails for a password with special characters, and the library shows a part of the password
@@ -628,25 +628,55 @@ def _http_date(text: str) -> float | None:
 # ============================================================================================================
 
 
+class _TupleType(type):
+    """The type of the NamedTuple of this file, which makes typing's named tuples in less time and documents fields
+
+    The doc of a field is its annotation and its line, if any, in the docstring of the class.
+    """
+
+    def __new__(cls, name: str, bases: tuple[Any, ...], namespace: dict[str, Any]) -> Any:
+        types: dict[str, str] = namespace["__annotations__"]  # typing would compile each of them
+        defaults = [namespace.pop(field) for field in types if field in namespace]
+        made: Any = collections.namedtuple(name, types, defaults=defaults)  # type: ignore[misc]
+        for key, value in {"__orig_bases__": bases[0].__orig_bases__, **namespace}.items():
+            setattr(made, key, value)
+        docs = dict(types)
+        for line in (made.__doc__ or "").splitlines():  # python -OO drops docstrings
+            fields, _, text = line.strip().partition(": ")
+            docs.update((field, f"{types[field]}: {text}") for field in fields.split(", ") if field in types)
+        for field, doc in docs.items():
+            getattr(made, field).__doc__ = doc
+        return made
+
+
+if not TYPE_CHECKING:
+    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {"__orig_bases__": (NamedTuple,)})
+
+
 class ServerSentEvent(NamedTuple):
-    """One event of a stream, as in the WHATWG event stream interpretation"""
+    """One event of a stream, as in the WHATWG event stream interpretation
+
+    event: its type
+    id: the last event id in force, also where this event did not set one
+    retry: the reconnection time in milliseconds that the block of this event set, or None
+    """
 
     event: str = "message"
     data: str = ""
-    #: the last event id in force, also where this event did not set one
     id: str = ""
-    #: the reconnection time in milliseconds that the block of this event set, or None
     retry: int | None = None
 
 
 class ToolCall(NamedTuple):
-    """A tool call: the part in one Chunk, or the whole call in a Completion"""
+    """A tool call: the part in one Chunk, or the whole call in a Completion
 
-    #: the position among the calls of an answer; parts with the same index belong together
+    index: the position among the calls of an answer; parts with the same index belong together
+    arguments: the arguments as text, unchanged
+    """
+
     index: int = 0  # type: ignore[assignment]  # the field's own term; tuple.index is not of use here
     id: str = ""
     name: str = ""
-    #: the arguments as text, unchanged
     arguments: str = ""
 
     @property
@@ -663,57 +693,65 @@ class ToolCall(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """The tokens of a request; counts are inclusive, and 0 where the provider gives none"""
+    """The tokens of a request; counts are inclusive, and 0 where the provider gives none
 
-    #: all input, cached or not
+    input_tokens: all input, cached or not
+    output_tokens: all output, reasoning included
+    cost: the charge on the wire, in the currency of the provider (US dollars so far), or None
+    source: who counted: provider; without its count, and with an alignment, the tokenizer (local), or an estimate
+    alignment: the result of a TokenAlignment, if any: verified, mismatch, or unverified where nothing can be compared
+    provider, local: the input and output tokens by the provider, and by sheepsse; None is not counted
+    aligned_at: when they were compared, in seconds since 1970, or None
+    """
+
     input_tokens: int = 0
-    #: all output, reasoning included
     output_tokens: int = 0
     total_tokens: int = 0
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
-    #: the charge on the wire, in the currency of the provider (US dollars so far), or None
     cost: Decimal | None = None
-    #: who counted: ``provider``; without its count, and with an alignment, ``local`` is the tokenizer of the model, and
-    #: ``estimate`` anything else
     source: str = "provider"
-    #: the result of a TokenAlignment: ``verified``, ``mismatch``, or ``unverified`` where counts cannot be compared
     alignment: str | None = None
-    #: the input and output tokens by the provider, and by sheepsse; None is not counted
     provider: tuple[int | None, int | None] | None = None
     local: tuple[int | None, int | None] | None = None
-    #: when they were compared, in seconds since 1970
     aligned_at: float | None = None
 
 
 class Chunk(NamedTuple):
-    """One step of an answer"""
+    """One step of an answer
+
+    finish_reason: why this choice ended, in the vendor's word; None before the end
+    finish: the finish reason in a common word: stop, length, tool_calls, refusal or other
+    index: the index of the choice or candidate
+    event_id: the id of its event, "" where the event has none
+    raw: the data of its event, parsed
+    id, model: the id and the model of the answer, where the event names them
+    vendor: with the finish reason, by the name of the dialect: what the next request must send back to the vendor
+    """
 
     text: str = ""
     reasoning: str = ""
     refusal: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    #: why this choice ended, in the vendor's word; None before the end
     finish_reason: str | None = None
-    #: the finish reason in a common word: stop, length, tool_calls, refusal or other
     finish: str | None = None
     usage: Usage | None = None
-    #: the index of the choice or candidate
     index: int = 0  # type: ignore[assignment]
-    #: the id of its event, "" where the event has none
     event_id: str = ""
-    #: the data of its event, parsed
     raw: Any = None
-    #: the id and the model of the answer, where the event names them
     id: str = ""
     model: str = ""
-    #: with the finish reason, by the name of the dialect: what the next request must send back to the vendor
     vendor: Mapping[str, Any] | None = None
 
 
 class Completion(NamedTuple):
-    """An answer, or the part that was received"""
+    """An answer, or the part that was received
+
+    finish_reason: why it ended, in the vendor's word; None before the end
+    complete: False after an error, a cancel or an early end of reading
+    vendor: by the name of the dialect: what the next request must send back to the vendor
+    """
 
     text: str = ""
     reasoning: str = ""
@@ -723,9 +761,7 @@ class Completion(NamedTuple):
     usage: Usage | None = None
     model: str = ""
     id: str = ""
-    #: False after an error, a cancel or an early end of reading
     complete: bool = False
-    #: by the name of the dialect: what the next request must send back to the vendor
     vendor: Mapping[str, Any] | None = None
 
     @property
@@ -754,20 +790,21 @@ class Completion(NamedTuple):
 
 
 class ResumePoint(NamedTuple):
-    """The point where a stream was lost, for ``resume_from=``, also in another process; plain data for JSON"""
+    """The point where a stream was lost, for ``resume_from=``, also in another process; plain data for JSON
 
-    #: the id of the last event that was received, "" where the server sends none
+    event_id: the id of the last event that was received, "" where the server sends none
+    tokens_received: tokens received, by the provider's count, or None
+    chars_received: characters of text received
+    text: the text received
+    cursor: all else that is needed to resume, as JSON
+    pause: to send back after a vendor's pause: Gemini's continuationToken; Anthropic's container and content (blocks)
+    """
+
     event_id: str = ""
-    #: tokens received, by the provider's count, or None
     tokens_received: int | None = None
-    #: characters of text received
     chars_received: int = 0
-    #: the text received
     text: str = ""
-    #: all else that is needed to resume, as JSON
     cursor: str = ""
-    #: after a pause by the vendor: what the next request must send back. Gemini's ``continuationToken``; Anthropic's
-    #: ``content`` (the blocks of the assistant's message) and ``container``
     pause: Mapping[str, Any] | None = None
 
 
@@ -3859,7 +3896,7 @@ def _public_url(url: str) -> str:
 
 def _url_without_keys(url: str) -> str:
     """A URL that tells servers apart, without its secrets: user, password and keys in the query"""
-    query = [field for field in _split_url(url).query.split("&") if not _KEY_HEADER.search(field.partition("=")[0])]
+    query = [field for field in _split_url(url).query.split("&") if not re.search(_KEY_HEADER, field.partition("=")[0])]
     return "?".join(filter(None, (_public_url(url), "&".join(query))))
 
 
@@ -3986,15 +4023,17 @@ def _weight(run: re.Match[str]) -> float:
 
 
 class AlignmentReport(NamedTuple):
-    """The counts of a TokenAlignment for a stream so far"""
+    """The counts of a TokenAlignment for a stream so far
 
-    #: None where input is not counted
+    input_tokens, output_tokens: None where they are not counted
+    elapsed: seconds since the stream began
+    source: local or estimate, as Usage.source
+    """
+
     input_tokens: int | None
     output_tokens: int | None
     chunks: int
-    #: seconds since the stream began
     elapsed: float
-    #: ``local`` or ``estimate``, as Usage.source
     source: str
 
 
@@ -4127,11 +4166,13 @@ def _all_text(answer: _Answer) -> str:
 
 
 class Price(NamedTuple):
-    """The prices of a model for a million tokens, in one currency: numbers, or str for exact decimals"""
+    """The prices of a model for a million tokens, in one currency: numbers, or str for exact decimals
+
+    cache_read, cache_write: of input read from the cache, or written to it; None means the price of other input
+    """
 
     input: Decimal | float | str
     output: Decimal | float | str
-    #: of input read from the cache, or written to it; None means the price of other input
     cache_read: Decimal | float | str | None = None
     cache_write: Decimal | float | str | None = None
 
@@ -4216,13 +4257,15 @@ def _list_price(usage: Usage, model: str | None, provider: str | None) -> Decima
 
 
 class CostMix(NamedTuple):
-    """The cost of a number of tokens by one mix of models; all amounts are None where a price is unknown"""
+    """The cost of a number of tokens by one mix of models; all amounts are None where a price is unknown
+
+    parts: the cost by model
+    saving, percent, yearly_saving: compared with the first mix: in money, in per cent, and in a year of twelve months
+    """
 
     name: str
-    #: by model
     parts: Mapping[str, Decimal | None]
     total: Decimal | None
-    #: compared with the first mix: in money, in per cent, and in a year of twelve months
     saving: Decimal | None
     percent: Decimal | None
     yearly_saving: Decimal | None
@@ -4549,21 +4592,23 @@ _LONGEST_HOLD = 120.0
 
 
 class LimiterStats(NamedTuple):
-    """The callers of a Limiter by what became of them: each counts once"""
+    """The callers of a Limiter by what became of them: each counts once
 
-    #: who holds a slot
+    active: callers that hold a slot
+    queued: callers that wait for one
+    served: callers that held one and gave it back
+    rejected: callers that found the queue full
+    timed_out: callers whose wait was too long
+    cancelled: callers that went away while waiting
+    position: the place of a user's first waiter in the queue, which begins with 1; None where none waits
+    """
+
     active: int
-    #: who waits for one
     queued: int
-    #: who held one and gave it back
     served: int
-    #: who found the queue full
     rejected: int
-    #: whose wait was too long
     timed_out: int
-    #: who went away while waiting
     cancelled: int
-    #: of a user's waiters the first one's place in the queue, which begins with 1; None where none waits
     position: int | None = None
 
 
@@ -7325,19 +7370,21 @@ def replay(path: str | os.PathLike[str]) -> Iterator[Chunk]:
 
 
 class Provider(NamedTuple):
-    """A row of PROVIDERS: the address of a provider, and its dialect"""
+    """A row of PROVIDERS: the address of a provider, and its dialect
+
+    key_variable: the environment variable of the key; "" where the provider takes no key
+    key_page: the page where users get a key
+    models: prefixes of the names of its models; empty where the provider serves any model
+    check_path: the path that ``check`` requests where the list of models needs no key; else ""
+    continuation: how the provider continues a partial answer: deepseek, mistral, vllm, anthropic, or "" where it cannot
+    """
 
     base_url: str
-    #: the environment variable of the key; "" where the provider takes no key
     key_variable: str
     dialect: str
-    #: the page where users get a key
     key_page: str = ""
-    #: prefixes of the names of its models; empty where the provider serves any model
     models: tuple[str, ...] = ()
-    #: the path that ``check`` requests where the list of models needs no key; else ""
     check_path: str = ""
-    #: how the provider continues a partial answer: deepseek, mistral, vllm, anthropic, or "" where it cannot
     continuation: str = ""
 
 
@@ -7492,42 +7539,45 @@ def _checked_url(base_url: str) -> str:
 
 
 class Health(NamedTuple):
-    """The result of ``Client.check``"""
+    """The result of ``Client.check``
+
+    status: ok, no_key, bad_key, http_error or unreachable
+    latency: seconds from the request to the response; None where no response came
+    models: the models that the provider lists for this key
+    error: what is wrong, and what to do; None where nothing is
+    """
 
     ok: bool
-    #: ok, no_key, bad_key, http_error or unreachable
     status: str
-    #: seconds from the request to the response; None where no response came
     latency: float | None = None
-    #: the models that the provider lists for this key
     models: tuple[str, ...] = ()
-    #: what is wrong, and what to do; None where nothing is
     error: str | None = None
 
 
 class StreamStats(NamedTuple):
-    """Measurements of a stream so far; times in seconds"""
+    """Measurements of a stream so far; times in seconds
 
-    #: from the start to the headers of the first response, and to the first text that is not empty
+    ttfb, ttft: from the start to the headers of the first response, and to the first text that is not empty
+    elapsed: from the start to the end, or to now
+    longest_gap: the longest wait for a chunk after the first one
+    chars: characters of text
+    tokens_per_second: output tokens by the provider, from the first piece of the answer to the end; None where unknown
+    attempts: requests sent
+    reconnects: connections after a loss
+    cached: whether the answer was read from a checkpoint
+    usage_by_attempt: the usage of each generation that was requested; None where the provider has not counted
+    """
+
     ttfb: float | None = None
     ttft: float | None = None
-    #: from the start to the end, or to now
     elapsed: float = 0.0
-    #: the longest wait for a chunk after the first one
     longest_gap: float = 0.0
     chunks: int = 0
-    #: characters of text
     chars: int = 0
-    #: output tokens a second, by the provider's count, from the first piece of the answer to the end; None
-    #: without a count, or where the answer came in one piece
     tokens_per_second: float | None = None
-    #: requests sent
     attempts: int = 0
-    #: connections after a loss
     reconnects: int = 0
-    #: whether the answer was read from a checkpoint
     cached: bool = False
-    #: the usage of each generation that was requested; None where the provider has not counted
     usage_by_attempt: tuple[Usage | None, ...] = ()
 
 
@@ -9077,40 +9127,44 @@ def _completed(answer: Stream) -> Completion:
 
 
 class Result(NamedTuple):
-    """The result of one request of a batch"""
+    """The result of one request of a batch
 
-    #: the id of the request, else its index, from 0
+    id: the id of the request, else its index, from 0
+    text: the answer, whole where there is no error
+    elapsed, ttft: seconds from the start of the request to its end, and to its first text
+    cached: whether the answer was read from its checkpoint
+    """
+
     id: Any
     index: int  # type: ignore[assignment]
-    #: the answer, whole where there is no error
     text: str = ""
     completion: Completion = Completion()
     usage: Usage | None = None
     cost: Decimal | None = None
-    #: seconds from the start of the request to its end, and to its first text
     elapsed: float = 0.0
     ttft: float | None = None
     attempts: int = 0
     error: Exception | None = None
-    #: whether the answer was read from its checkpoint
     cached: bool = False
 
 
 class BatchSummary(NamedTuple):
-    """The counts and times of a batch so far; None, shown as a dash, if nothing was measured"""
+    """The counts and times of a batch so far; None, shown as a dash, if nothing was measured
+
+    elapsed, rate: seconds since the first request was drawn, and requests a second
+    input_tokens, output_tokens, cost: of requests with a known usage or cost
+    ttft, duration: p50, p90 and p99 of the seconds to the first text, and to the end, of requests that succeeded
+    """
 
     total: int
     succeeded: int
     failed: int
     cached: int
-    #: seconds since the first request was drawn, and requests a second
     elapsed: float
     rate: float | None
-    #: of requests with a known usage or cost
     input_tokens: int
     output_tokens: int
     cost: Decimal | None
-    #: p50, p90 and p99 of the seconds to the first text, and to the end, of requests that succeeded
     ttft: tuple[float, float, float] | None
     duration: tuple[float, float, float] | None
 
