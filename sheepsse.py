@@ -114,6 +114,7 @@ _log = logging.getLogger("sheepsse")
 _log.addHandler(logging.NullHandler())
 
 _T = TypeVar("_T")
+_Run = TypeVar("_Run", bound="Callable[[Any, Any], int]")
 
 
 # ============================================================================================================
@@ -12394,16 +12395,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     stdout, 130 Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parse, run = _COMMANDS.get(words[0] if words else "", (_parser, _stream_command))
+    name = words[0] if words and words[0] in _COMMANDS else ""
     if not _has_stdout():
         _complain("sheepsse: standard output is closed")
         return 1
-    parser = parse()
-    options = parser.parse_args(words[1:] if words and words[0] in _COMMANDS else words)
+    parser = _parser(name)
+    options = parser.parse_args(words[1:] if name else words)
     if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character must not end the answer
         sys.stdout.reconfigure(errors="replace")
+    run = _COMMANDS[name][0]
     try:
         return run(parser, options)
+    except SheepError as error:
+        _complain(f"sheepsse: {error}")
+        return 1
     except BrokenPipeError:
         # the reader, such as head(1), has read enough; Python would complain when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -12441,14 +12446,47 @@ def _complain(text: str) -> None:
     print(_without_controls(text), file=sys.stderr)
 
 
-def _stream_command(parser: Any, options: Any) -> int:
-    try:
-        names = [name.strip() for name in options.resume.split(",")]
-        options.resume = names if len(names) > 1 else options.resume
-        _strategies(options.resume)
-    except ValueError as error:
-        parser.error(str(error))
-    return _print_answer(_prompted(options), options)
+#: the commands by their first word, "" for a prompt: the function, the description, and what adds options to a parser
+_COMMANDS: dict[str, tuple[Callable[[Any, Any], int], str, Sequence[Callable[[Any], object]]]] = {}
+
+
+def _command(name: str, description: str, *options: Callable[[Any], object]) -> Callable[[_Run], _Run]:
+    """Enters a function in the table of commands"""
+
+    def enter(run: _Run) -> _Run:
+        _COMMANDS[name] = run, description, options
+        return run
+
+    return enter
+
+
+def _parser(name: str) -> Any:
+    import argparse
+
+    _, description, options = _COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"sheepsse {name}".rstrip(), description=description)
+    if not name:
+        parser.epilog = (
+            f"Commands: {', '.join(filter(None, sorted(_COMMANDS)))}; see sheepsse batch --help. The key is "
+            f"read from the provider's variable: {_key_variables()}"
+            ". Exit status: 0 whole, 1 failed, 2 wrong usage, 3 interrupted after partial text, 130 Ctrl-C."
+        )
+    for add_to in options:
+        add_to(parser)
+    return parser
+
+
+def _option(*names: str, **settings: Any) -> Callable[[Any], object]:
+    """A function that adds an option to a parser"""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+def _provider_options(parser: Any) -> None:
+    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="default: the one whose key is set")
+    parser.add_argument("--base-url", metavar="URL", help="the URL of any other OpenAI-compatible server")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the key of --base-url")
+    key.add_argument("--no-key", action="store_true", help="for a server that needs no key")
 
 
 def _seconds(text: str) -> float:
@@ -12458,57 +12496,15 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _prompted(options: Any) -> list[dict[str, str]]:
-    """The messages of the command line"""
-    prompt = options.prompt
-    if prompt in (None, "-"):
-        if sys.stdin is None:
-            _parser().error("there is no prompt, and standard input is closed")
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            _parser().error(f"standard input is not {error.encoding}: {error}")
-    if not prompt.strip():
-        _parser().error("the prompt is empty")
-    system = [{"role": "system", "content": options.system}] if options.system else []
-    return [*system, {"role": "user", "content": prompt}]
+def _count_argument(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
-def _parser() -> Any:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="sheepsse",
-        description="Stream the answer of a language model to the terminal.",
-        epilog=f"Commands: {', '.join(_COMMANDS)}; see sheepsse batch --help. The key is "
-        + f"read from the provider's variable: {_key_variables()}"
-        + ". Exit status: 0 whole, 1 failed, 2 wrong usage, 3 interrupted after partial text, 130 Ctrl-C.",
-    )
-    add = parser.add_argument
-    add("prompt", nargs="?", help="the prompt; read from standard input if missing or -")
-    add("-m", "--model", required=True, help="the model, as the provider names it")
-    _add_provider(parser)
-    add("--system", metavar="TEXT", help="the system message")
-    add("--json", action="store_true", help="print one JSON object a line, with type and time")
-    add("--stats", action="store_true", help="print times and counts to standard error at the end")
-    add("--checkpoint", metavar="DIR", help="save the answer there, and resume it when run again")
-    add(
-        "--resume",
-        metavar="STRATEGIES",
-        default="auto",
-        help=f"how to resume a lost connection: auto, never, or some of {', '.join(_STRATEGIES)}, with commas",
-    )
-    add("--timeout", type=_seconds, metavar="SECONDS", help="the time limit for the whole call")
-    add("--version", action="version", version=f"sheepsse {__version__}")
-    return parser
-
-
-def _add_provider(parser: Any) -> None:
-    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="default: the one whose key is set")
-    parser.add_argument("--base-url", metavar="URL", help="the URL of any other OpenAI-compatible server")
-    key = parser.add_mutually_exclusive_group()
-    key.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the key of --base-url")
-    key.add_argument("--no-key", action="store_true", help="for a server that needs no key")
+_MODEL_HELP = "the model, as the provider names it"
+_SYSTEM = _option("--system", metavar="TEXT", help="the system message")
 
 
 def _client_of_options(options: Any, **more: Any) -> Client:
@@ -12519,7 +12515,34 @@ def _client_of_options(options: Any, **more: Any) -> Client:
     return Client(options.provider, base_url=options.base_url, api_key=False if options.no_key else api_key, **more)
 
 
-def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
+@_command(
+    "",
+    "Stream the answer of a language model to the terminal.",
+    _option("prompt", nargs="?", help="the prompt; read from standard input if missing or -"),
+    _option("-m", "--model", required=True, help=_MODEL_HELP),
+    _provider_options,
+    _SYSTEM,
+    _option("--json", action="store_true", help="print one JSON object a line, with type and time"),
+    _option("--stats", action="store_true", help="print times and counts to standard error at the end"),
+    _option("--checkpoint", metavar="DIR", help="save the answer there, and resume it when run again"),
+    _option(
+        "--resume",
+        metavar="STRATEGIES",
+        default="auto",
+        help=f"how to resume a lost connection: auto, never, or some of {', '.join(_STRATEGIES)}, with commas",
+    ),
+    _option("--timeout", type=_seconds, metavar="SECONDS", help="the time limit for the whole call"),
+    _option("--version", action="version", version=f"sheepsse {__version__}"),
+)
+def _answer_prompt(parser: Any, options: Any) -> int:
+    try:
+        names = [name.strip() for name in options.resume.split(",")]
+        options.resume = names if len(names) > 1 else options.resume
+        _strategies(options.resume)
+    except ValueError as error:
+        parser.error(str(error))
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages.append({"role": "user", "content": _prompt(parser, options.prompt)})
     show = _JSONLines() if options.json else _PlainText()
     answer: Stream | None = None
     try:
@@ -12542,6 +12565,20 @@ def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
     finally:
         if options.stats and answer is not None:
             _complain(_stats_line(answer))
+
+
+def _prompt(parser: Any, prompt: Any) -> Any:
+    """The prompt of the command line, or of standard input"""
+    if prompt in (None, "-"):
+        if sys.stdin is None:
+            parser.error("there is no prompt, and standard input is closed")
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            parser.error(f"standard input is not {error.encoding}: {error}")
+    if not prompt.strip():
+        parser.error("the prompt is empty")
+    return prompt
 
 
 class _PlainText:
@@ -12589,17 +12626,10 @@ class _JSONLines:
             self._print("finish", reason=chunk.finish_reason, finish=chunk.finish, index=chunk.index)
 
     def done(self, answer: Stream) -> None:
-        stats = answer.stats
-        by_attempt = list(map(_plain_usage, stats.usage_by_attempt))
-        shown = {**stats._asdict(), "usage_by_attempt": by_attempt}
-        self._print(
-            "done",
-            id=answer.id,
-            model=answer.model,
-            continuity=answer.continuity,
-            usage=_plain_usage(answer.usage),
-            stats=shown,
-        )
+        stats = answer.stats._asdict()
+        stats["usage_by_attempt"] = list(map(_plain_usage, answer.stats.usage_by_attempt))
+        shown = {"id": answer.id, "model": answer.model, "continuity": answer.continuity}
+        self._print("done", **shown, usage=_plain_usage(answer.usage), stats=stats)
 
     def error(self, error: SheepError) -> None:
         self._print("error", code=error.code, message=str(error), status=error.status, request_id=error.request_id)
@@ -12620,41 +12650,20 @@ def _stats_line(answer: Stream) -> str:
     return ", ".join(shown)
 
 
-def _command_parser(name: str, description: str) -> Any:
-    import argparse
-
-    return argparse.ArgumentParser(prog=f"sheepsse {name}", description=description)
-
-
-def _count_argument(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-# sheepsse batch
-
-
-def _batch_parser() -> Any:
-    parser = _command_parser(
-        "batch",
-        "Answer many requests, and append the answers to a file as JSON lines. A second run requests only the missing "
-        "and failed answers; of two lines with the same id, the later one counts. Each line of the input is a JSON "
-        "string, or an object with messages or prompt, perhaps an id (default: the number of the line, from 0), and "
-        "any options of the request. Exit status: 0 all are answered, 1 some failed, 130 Ctrl-C.",
-    )
-    add = parser.add_argument
-    add("input", metavar="IN.jsonl", help="the requests; - is standard input")
-    add("-o", "--output", metavar="OUT.jsonl", required=True, help="the file for the answers")
-    add("-m", "--model", help="the model of requests that name none")
-    add("-w", "--workers", type=_count_argument, default=5, help="requests at once (default: 5)")
-    add("--checkpoint", metavar="DIR", help="also save partial answers there, and resume them")
-    _add_provider(parser)
-    return parser
-
-
-def _batch_command(parser: Any, options: Any) -> int:
+@_command(
+    "batch",
+    "Answer many requests, and append the answers to a file as JSON lines. A second run requests only the missing "
+    "and failed answers; of two lines with the same id, the later one counts. Each line of the input is a JSON "
+    "string, or an object with messages or prompt, perhaps an id (default: the number of the line, from 0), and "
+    "any options of the request. Exit status: 0 all are answered, 1 some failed, 130 Ctrl-C.",
+    _option("input", metavar="IN.jsonl", help="the requests; - is standard input"),
+    _option("-o", "--output", metavar="OUT.jsonl", required=True, help="the file for the answers"),
+    _option("-m", "--model", help="the model of requests that name none"),
+    _option("-w", "--workers", type=_count_argument, default=5, help="requests at once (default: 5)"),
+    _option("--checkpoint", metavar="DIR", help="also save partial answers there, and resume them"),
+    _provider_options,
+)
+def _batch(parser: Any, options: Any) -> int:
     try:
         with contextlib.ExitStack() as stack:
             if options.input == "-" and sys.stdin is None:
@@ -12775,23 +12784,15 @@ class _Answers:
             _unlock(self._file)
 
 
-# sheepsse check
-
-
-def _check_parser() -> Any:
-    parser = _command_parser("check", "Check that a provider can be reached and accepts the key. Costs nothing.")
-    parser.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="the time limit (default: 10)")
-    _add_provider(parser)
-    return parser
-
-
-def _check_command(parser: Any, options: Any) -> int:
-    try:
-        with _client_of_options(options) as client:
-            health = client.check(options.timeout)
-    except SheepError as error:
-        _complain(f"sheepsse: {error}")
-        return 1
+@_command(
+    "check",
+    "Check that a provider can be reached and accepts the key. Costs nothing.",
+    _option("--timeout", type=_seconds, default=10, metavar="SECONDS", help="the time limit (default: 10)"),
+    _provider_options,
+)
+def _check(parser: Any, options: Any) -> int:
+    with _client_of_options(options) as client:
+        health = client.check(options.timeout)
     print(health.status, end="")
     print("" if health.latency is None else f", answered in {health.latency:.2f} s", end="")
     print(f", {len(health.models)} models" if health.models else "")
@@ -12802,25 +12803,20 @@ def _check_command(parser: Any, options: Any) -> int:
     return 0 if health.ok else 1
 
 
-# sheepsse cost
-
-
-def _cost_parser() -> Any:
-    parser = _command_parser(
-        "cost", "Print the cost of a number of tokens: by --price, else in US dollars by the prices of genai-prices."
-    )
-    add = parser.add_argument
-    add("-m", "--model", help="the model, as the provider names it")
-    add("--provider", choices=sorted(PROVIDERS), help="the provider that sets the price")
-    add("--input", type=int, default=0, metavar="N", help="input tokens, including cached ones")
-    add("--output", type=int, default=0, metavar="N", help="output tokens, including reasoning")
-    add("--cached", type=int, default=0, metavar="N", help="input tokens read from the cache")
-    add("--price", nargs=2, metavar=("IN", "OUT"), help="prices of a million input and output tokens")
-    add("--cached-price", metavar="PRICE", help="the price of a million cached tokens")
-    return parser
-
-
-def _cost_command(parser: Any, options: Any) -> int:
+@_command(
+    "cost",
+    "Print the cost of a number of tokens: by --price, else in US dollars by the prices of genai-prices.",
+    _option("-m", "--model", help=_MODEL_HELP),
+    lambda parser: parser.add_argument(
+        "--provider", choices=sorted(PROVIDERS), help="the provider that sets the price"
+    ),
+    _option("--input", type=int, default=0, metavar="N", help="input tokens, including cached ones"),
+    _option("--output", type=int, default=0, metavar="N", help="output tokens, including reasoning"),
+    _option("--cached", type=int, default=0, metavar="N", help="input tokens read from the cache"),
+    _option("--price", nargs=2, metavar=("IN", "OUT"), help="prices of a million input and output tokens"),
+    _option("--cached-price", metavar="PRICE", help="the price of a million cached tokens"),
+)
+def _cost(parser: Any, options: Any) -> int:
     from decimal import DecimalException
 
     usage = Usage(options.input, options.output, options.input + options.output, options.cached)
@@ -12831,49 +12827,36 @@ def _cost_command(parser: Any, options: Any) -> int:
         parser.error("a price is a number")
     if spent is None:
         known = "no price is known" + (f" for {options.model}" if options.model else "")
-        _complain(f"sheepsse: {known}: pass --price, or a --model and --provider that genai-prices knows")
-        return 1
+        raise SheepError(f"{known}: pass --price, or a --model and --provider that genai-prices knows")
     print(f"{spent.normalize():f}")
     return 0
 
 
-# sheepsse bench
-
-
-def _bench_parser() -> Any:
-    parser = _command_parser(
-        "bench",
-        "Measure a provider: send one prompt many times, and print the time to the first text, the time to the end, "
-        "and tokens a second. Each request is billed.",
-    )
-    add = parser.add_argument
-    add("prompt", nargs="?", default="Count from 1 to 50.", help="(default: Count from 1 to 50.)")
-    add("-m", "--model", required=True, help="the model, as the provider names it")
-    add("-n", "--requests", type=_count_argument, default=10, help="the number of requests (default: 10)")
-    add("-c", "--concurrency", type=_count_argument, default=2, help="requests at once (default: 2)")
-    add("--plot", metavar="FILE", help="draw the times into this file (.png, .svg or .pdf; needs matplotlib)")
-    _add_provider(parser)
-    return parser
-
-
-def _bench_command(parser: Any, options: Any) -> int:
+@_command(
+    "bench",
+    "Measure a provider: send one prompt many times, and print the time to the first text, the time to the end, "
+    "and tokens a second. Each request is billed.",
+    _option("prompt", nargs="?", default="Count from 1 to 50.", help="(default: Count from 1 to 50.)"),
+    _option("-m", "--model", required=True, help=_MODEL_HELP),
+    _option("-n", "--requests", type=_count_argument, default=10, help="the number of requests (default: 10)"),
+    _option("-c", "--concurrency", type=_count_argument, default=2, help="requests at once (default: 2)"),
+    _option("--plot", metavar="FILE", help="draw the times into this file (.png, .svg or .pdf; needs matplotlib)"),
+    _provider_options,
+)
+def _bench(parser: Any, options: Any) -> int:
     if options.plot:
         try:
             import matplotlib.figure  # type: ignore[import-not-found,unused-ignore]  # an extra
         except ImportError as error:
             parser.error(f"--plot needs matplotlib: {error}")
-    try:
-        with _client_of_options(options, model=options.model, retry=0) as client:
-            prompts = [options.prompt] * options.requests
-            results = batch(prompts, client=client, workers=options.concurrency, progress=_shown_progress())
-            came = list(results)
-    except SheepError as error:
-        _complain(f"sheepsse: {error}")
-        return 1
-    good = [result for result in came if result.error is None]
-    for error_text, count in collections.Counter(str(result.error) for result in came if result.error).items():
+    with _client_of_options(options, model=options.model, retry=0) as client:
+        prompts = [options.prompt] * options.requests
+        answers = batch(prompts, client=client, workers=options.concurrency, progress=_shown_progress())
+        results = list(answers)
+    good = [result for result in results if result.error is None]
+    for error_text, count in collections.Counter(str(result.error) for result in results if result.error).items():
         _complain(f"sheepsse: {count} failed: {error_text}")
-    print(_bench_table(good, results.summary))
+    print(_bench_table(good, answers.summary))
     if options.plot and good:
         times = [sorted(filter(None, (result.ttft for result in good))), sorted(result.elapsed for result in good)]
         figure = matplotlib.figure.Figure()
@@ -12885,7 +12868,7 @@ def _bench_command(parser: Any, options: Any) -> int:
         )
         axes.legend()
         figure.savefig(options.plot)
-    return 1 if len(good) < len(came) else 0
+    return 1 if len(good) < len(results) else 0
 
 
 def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
@@ -12906,39 +12889,34 @@ def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
     return "\n".join(lines)
 
 
-def _serve_parser() -> Any:
-    parser = _command_parser("serve", "Serve a chat page, which loses nothing when its connection is lost.")
-    add = parser.add_argument
-    add("-m", "--model", help="the model, as the provider names it")
-    _add_provider(parser)
-    add("--system", metavar="TEXT", help="the system message")
-    add("--journal", metavar="DIR", help="the folder for answers (default: a temporary one)")
-    add("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, only this machine)")
-    add("--port", type=int, default=8000, help="the port; 0 for any free one (default: %(default)s)")
-    return parser
-
-
-def _serve_command(parser: Any, options: Any) -> int:
+@_command(
+    "serve",
+    "Serve a chat page, which loses nothing when its connection is lost.",
+    _option("-m", "--model", help=_MODEL_HELP),
+    _provider_options,
+    _SYSTEM,
+    _option("--journal", metavar="DIR", help="the folder for answers (default: a temporary one)"),
+    _option("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, only this machine)"),
+    _option("--port", type=int, default=8000, help="the port; 0 for any free one (default: %(default)s)"),
+)
+def _serve(parser: Any, options: Any) -> int:
     import tempfile
 
     with contextlib.ExitStack() as stack:
         try:
             client = stack.enter_context(_serving_client(parser, options, stack))
             folder = options.journal or stack.enter_context(tempfile.TemporaryDirectory())
-            hosts = _own_hosts(options.host)
             app = wsgi_app(
                 client,
-                authorize=lambda environ: _user_of_page(environ, hosts),
+                authorize=lambda environ: _user_of_page(environ, options.host),
                 journal=folder,
                 system=options.system,
             )
             server = stack.enter_context(_page_server(options.host, options.port, app))
-        except SheepError as error:
-            _complain(f"sheepsse: {error}")
-            return 1
+        except SheepError:
+            raise
         except (OSError, OverflowError) as error:
-            _complain(f"sheepsse: {options.host}:{options.port} cannot be served: {error}")
-            return 1
+            raise SheepError(f"{options.host}:{options.port} cannot be served: {error}") from error
         print(f"http://{options.host}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
         with _ended_by_sigterm(server):
             server.serve_forever()
@@ -12976,19 +12954,14 @@ def _local_provider(path: str) -> Any:
     return made
 
 
-def _user_of_page(environ: Mapping[str, Any], hosts: Container[str] | None) -> str | None:
-    """One user for all who reach the server by one of its names; else None"""
-    return "anybody" if hosts is None or _host_name(environ.get("HTTP_HOST", "")) in hosts else None
+def _user_of_page(environ: Mapping[str, Any], host: str) -> str | None:
+    """One user for all requests that the server accepts; else None
 
-
-def _own_hosts(host: str) -> set[str] | None:
-    """The allowed Host headers, against pages whose own name leads here (DNS rebinding); None allows all"""
-    return {host, "localhost", "127.0.0.1", "::1"} if host in ("localhost", "127.0.0.1", "::1") else None
-
-
-def _host_name(host: str) -> str:
-    """The host of a Host header, without the port"""
-    return re.sub(r":[0-9]*$", "", host).strip("[]").lower()
+    A server for this machine accepts only its own names, against pages whose names lead here (DNS rebinding).
+    """
+    own = ("localhost", "127.0.0.1", "::1")
+    name = re.sub(r":[0-9]*$", "", environ.get("HTTP_HOST", "")).strip("[]").lower()  # without the port
+    return "anybody" if host not in own or name in own else None
 
 
 def _page_server(host: str, port: int, app: Callable[..., Iterable[bytes]]) -> Any:
@@ -13048,16 +13021,6 @@ def _ended_by_sigterm(server: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-#: the commands by their first word: the parser, and the function
-_COMMANDS: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], int]]] = {
-    "batch": (_batch_parser, _batch_command),
-    "bench": (_bench_parser, _bench_command),
-    "check": (_check_parser, _check_command),
-    "cost": (_cost_parser, _cost_command),
-    "serve": (_serve_parser, _serve_command),
-}
 
 
 if __name__ == "__main__":
