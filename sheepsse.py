@@ -158,12 +158,11 @@ class _OldReader:
         self._read = 0
 
     def __call__(self) -> bytes:
-        data = self._read1()
-        decoded: bytes = self._raw._decode(data, True, not data)
-        while data and not decoded:  # a part of a compressed block may decode to nothing
+        while True:
             data = self._read1()
-            decoded = self._raw._decode(data, True, not data)
-        return decoded
+            decoded: bytes = self._raw._decode(data, True, not data)
+            if decoded or not data:  # a part of a compressed block may decode to nothing
+                return decoded
 
     def _read1(self) -> bytes:
         raw = self._raw
@@ -281,13 +280,7 @@ class SheepError(requests.RequestException):
     def __reduce__(self) -> tuple[Any, ...]:
         # RequestException would pickle the request, and with it the key
         kept = {name: value for name, value in self.__dict__.items() if name not in ("request", "response")}
-        return _unpickle_error, (type(self), self.args, kept)
-
-
-def _unpickle_error(kind: type[SheepError], args: tuple[Any, ...], attributes: dict[str, Any]) -> SheepError:
-    error = kind(*args)
-    error.__dict__.update(attributes)
-    return error
+        return type(self), self.args, kept
 
 
 class AuthenticationError(SheepError):
@@ -437,7 +430,7 @@ def _key_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Secrets:
-    """The keys and passwords of a request, and the means to hide them in texts and errors
+    """The keys and passwords of a request; hides them in texts and errors
 
     Servers repeat keys in their messages. Libraries put header values and URLs into their messages.
     """
@@ -835,7 +828,7 @@ class _Text(bytearray):
 
 
 class _Answer:
-    """The fold: the chunks of one choice so far, put together"""
+    """The fold: the chunks of one choice so far, merged"""
 
     def __init__(self, index: int = 0) -> None:
         self.index = index
@@ -853,27 +846,27 @@ class _Answer:
         self.complete = False
         #: whether the finish reason is final: some servers send one with every piece
         self.settled = False
-        self._was_open = False  # whether a piece came without one
+        self._was_open = False  # whether a piece was received without a finish reason
         #: whether a piece of text, reasoning, refusal or tool call was received, of any choice
         self.given = False
 
     def add(self, chunk: Chunk) -> bool:
-        """Folds a chunk in; True where it holds a piece of the answer"""
+        """Folds a chunk in; True where the chunk holds a piece of the answer"""
         text, reasoning, refusal, calls, reason = chunk[:5]
-        says = bool(text or reasoning or refusal or calls)
-        self.given = self.given or says
+        has_content = bool(text or reasoning or refusal or calls)
+        self.given = self.given or has_content
         if chunk.usage is not None:  # cumulative where it is repeated: the last one counts
             self.usage = chunk.usage
         self.id = self.id or chunk.id
         self.model = self.model or chunk.model
         self.event_id = chunk.event_id or self.event_id
         is_mine = chunk.index == self.index
-        for said, piece in ((self.text, text), (self.reasoning, reasoning), (self.refusal, refusal)):
+        for received, piece in ((self.text, text), (self.reasoning, reasoning), (self.refusal, refusal)):
             if piece:
                 encoded = piece.encode("utf-8", "surrogatepass")
                 self.size += len(encoded)
                 if is_mine:
-                    said += encoded
+                    received += encoded
         for call in calls:
             self.size += len(call.arguments.encode("utf-8", "surrogatepass"))
             if is_mine:
@@ -882,14 +875,14 @@ class _Answer:
                 arguments.append(call.arguments)
                 self.tool_calls[call.index] = (id or call.id, name or call.name, arguments)
         if not is_mine:
-            return says
-        if reason:  # with text: perhaps of a server that sends one with every piece
-            self.settled = self._was_open or not says
+            return has_content
+        if reason:  # with text: perhaps of a server that sends a finish reason with every piece
+            self.settled = self._was_open or not has_content
             self.finish_reason, self.finish = reason, chunk.finish
-        elif says:
+        elif has_content:
             self.settled, self._was_open = False, True
         self.vendor = chunk.vendor or self.vendor
-        return says
+        return has_content
 
     def without_failure(self) -> _Answer:
         """The answer, without a finish reason that says that the server failed"""
@@ -937,15 +930,16 @@ class _Answer:
         try:
             rest: Any = json.loads(point.cursor) if point.cursor else ["", "", [], "", [None, None, False], []]
             reasoning, refusal, calls, id, (finish_reason, finish, given, *settled), events = rest
-            said = {
+            texts = {
                 "text": point.text,
                 "reasoning": reasoning,
                 "refusal": refusal,
                 "id": id,
                 "event_id": point.event_id,
             }
-            said.update({"finish_reason": finish_reason, "finish": finish} if finish_reason is not None else {})
-            _check_types(said, _CHUNK_TYPES)
+            if finish_reason is not None:
+                texts.update(finish_reason=finish_reason, finish=finish)
+            _check_types(texts, _CHUNK_TYPES)
             parts = tuple(ToolCall(*call) for call in calls)
             for part in parts:
                 _check_types(part._asdict(), _CALL_TYPES)
@@ -953,7 +947,7 @@ class _Answer:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"resume_from takes a resume_point as it was given: {error}") from error
         answer = cls()
-        answer.add(Chunk(point.text, reasoning, refusal, parts, finish_reason, finish, id=id, event_id=point.event_id))
+        answer.add(Chunk(**texts, tool_calls=parts))
         answer.given = answer.given or given is True  # of another choice
         answer.settled = settled == [True]
         return answer, marks
@@ -972,7 +966,7 @@ _USAGE_TYPES = {
 
 
 def _check_types(fields: Any, types: Mapping[str, type]) -> None:
-    """Raises TypeError for other fields, or values of other types"""
+    """Raises TypeError for a field that ``types`` does not name, or a value of another type"""
     for name, value in fields.items():
         if name not in types or not isinstance(value, types[name]) or isinstance(value, bool):
             raise TypeError(f"{str(name)[:50]!r} is a {type(value).__name__}")
@@ -981,7 +975,7 @@ def _check_types(fields: Any, types: Mapping[str, type]) -> None:
 def collect(chunks: Iterable[Chunk], index: int = 0) -> Completion:
     """The answer of the choice ``index``, from all chunks
 
-    It is ``complete`` when ``chunks`` ends without an error, as ``iter_chunks`` does only for a whole stream.
+    The answer is ``complete`` if ``chunks`` ends without an error, as ``iter_chunks`` does only for a whole stream.
     """
     answer = _Answer(index)
     for chunk in chunks:
@@ -1073,16 +1067,11 @@ def _is_time_out(error: BaseException, end: BaseException | None = None) -> bool
 
 def _until_failure(blocks: Iterable[_T], failure: list[SheepError]) -> Iterator[_T]:
     """The same blocks; a failure ends them, and is appended to ``failure``"""
-    iterator = iter(blocks)
-    while True:
-        try:
-            block = next(iterator)
-        except StopIteration:
-            return
-        except SheepError as error:
-            failure.append(error)
-            return
-        yield block
+    try:
+        for block in blocks:  # noqa: UP028  # "yield from" would close blocks when this generator is closed
+            yield block
+    except SheepError as error:
+        failure.append(error)
 
 
 def parse_line(line: str | bytes) -> tuple[str, str] | None:
@@ -1128,7 +1117,7 @@ class SSEDecoder:
         self._after_cr = False
         self._open = bytearray()  # a line without its end
         self._data: bytes | bytearray | None = None  # of the open event; None where it has no data
-        self._size = 0  # of its data lines, names and all
+        self._size = 0  # bytes of its data lines, with the names of the fields
         self._event = b""
         self._id, self._decoded_id = last_event_id.encode("utf-8"), last_event_id
         self._event_retry: int | None = None
@@ -1154,8 +1143,8 @@ class SSEDecoder:
         try:
             for line in lines:
                 if self._size + len(line) > self._max_event_size:
-                    self._check_size(len(line))
-                if line[:6] == b"data: " and self._data is None and not self._first_line:  # by far the most
+                    raise _too_large("an event", self._max_event_size)
+                if line[:6] == b"data: " and self._data is None and not self._first_line:  # most lines are this one
                     self._size, self._data = len(line), line[6:]
                 elif line:
                     self._line(line)
@@ -1163,20 +1152,14 @@ class SSEDecoder:
                     self._blank_line()
             if rest:
                 self._open += rest
-                self._check_size(len(self._open))
+                if self._size + len(self._open) > self._max_event_size:
+                    raise _too_large("an event", self._max_event_size)
         except InvalidStreamError as error:
             self._failure = error
             self._open, self._data = bytearray(), None
-            if not events:  # else at the next call: these come first
+            if not events:  # otherwise the next call raises: the events before come first
                 raise
         return events
-
-    def _check_size(self, more: int) -> None:
-        if self._size + more > self._max_event_size:
-            raise InvalidStreamError(
-                f"an event of the stream is larger than {self._max_event_size} bytes; "
-                "raise max_event_size if that is meant"
-            )
 
     def _line(self, line: bytes) -> None:
         line = self._without_bom(line) if self._first_line else line
@@ -1194,7 +1177,9 @@ class SSEDecoder:
             self._event = value
         elif field == b"id":
             if value != self._id and b"\0" not in value:
-                self._set_id(value)
+                if self._max_id_size is not None and len(value) > self._max_id_size:
+                    raise InvalidStreamError(f"the id of an event is longer than {self._max_id_size} bytes")
+                self._id, self._decoded_id = value, value.decode("utf-8", "replace")  # once, for all its events
         elif field == b"retry" and value.isdigit():  # bytes.isdigit knows ASCII digits only
             self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits mean for ever, too
         else:
@@ -1204,17 +1189,12 @@ class SSEDecoder:
         first, self._first_line = self._first_line, False
         return line[3:] if first and line[:3] == b"\xef\xbb\xbf" else line
 
-    def _set_id(self, value: bytes) -> None:
-        if self._max_id_size is not None and len(value) > self._max_id_size:
-            raise InvalidStreamError(f"the id of an event is longer than {self._max_id_size} bytes")
-        self._id, self._decoded_id = value, value.decode("utf-8", "replace")  # once, for all its events
-
     def _unknown(self, line: bytes) -> None:
-        """A line that is no field, and means nothing"""
+        """Handles a line that is no field; here the line is ignored"""
 
     def _blank_line(self) -> None:
         self._first_line = False
-        # an id counts also where its block has no data
+        # an id is in force also if its block has no data
         self.last_event_id = self._decoded_id
         if self._data is not None:
             event = self._event.decode("utf-8", "replace") or "message"
@@ -1232,7 +1212,7 @@ class SSEDecoder:
             raise self._failure
         line = self._without_bom(bytes(self._open))
         self._open = bytearray()
-        if line and line[:1] != b":":  # a comment does not matter
+        if line and line[:1] != b":":  # a comment changes nothing
             if _split_line(line)[0] == b"data":
                 self._line(line)
             else:
@@ -1244,8 +1224,14 @@ class SSEDecoder:
         return self._events
 
 
+def _too_large(part: str, limit: int) -> InvalidStreamError:
+    return InvalidStreamError(
+        f"{part} of the stream is larger than {limit} bytes; raise max_event_size if that is meant"
+    )
+
+
 def _is_whole(data: str) -> bool:
-    """Whether data is known to be whole"""
+    """Whether the data is ``[DONE]``, or a whole JSON object or array"""
     data = data.strip()
     if data == "[DONE]":
         return True
@@ -1253,7 +1239,7 @@ def _is_whole(data: str) -> bool:
 
 
 def _blocks_of(source: requests.Response | Iterable[bytes]) -> Iterable[bytes]:
-    # iter_content tells a response of any library like requests from bare bytes
+    # a response of requests, or of a library like it, has iter_content; plain blocks do not
     return iter_bytes(source) if hasattr(source, "iter_content") else source  # type: ignore[arg-type]
 
 
@@ -1289,7 +1275,7 @@ def iter_json_lines(
 
 
 class _JSONDecoder:
-    """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
+    """Bytes in, JSON objects out: the outermost ones, one after another or in one array"""
 
     #: the rest of a string and its end, or a backslash that is the last byte of a block
     _IN_STRING = rb'(?s)[^"\\]*(?:\\.[^"\\]*)*(["\\]?)'
@@ -1304,8 +1290,8 @@ class _JSONDecoder:
         # not compiled with the class, which would slow down the import for all who never read JSON
         patterns = self._IN_STRING, self._OUTSIDE, self._BETWEEN
         self._in_string_match, self._outside_match, self._between_match = (re.compile(each).match for each in patterns)
-        self._object = bytearray()  # that is not whole yet
-        #: whether no object was whole yet
+        self._object = bytearray()  # the object that is not whole yet
+        #: whether no object has been returned yet
         self.is_first = True
         self._depth = 0
         self._in_string = False
@@ -1350,7 +1336,7 @@ class _JSONDecoder:
         """Reads to the end of the object or of the block, and returns the position"""
         position = start
         while self._depth and position < len(block):
-            if self._escaped:  # the byte after a backslash means nothing
+            if self._escaped:  # a backslash before this byte takes its meaning
                 self._escaped, position = False, position + 1
                 continue
             match = (self._in_string_match if self._in_string else self._outside_match)(block, position)
@@ -1364,10 +1350,7 @@ class _JSONDecoder:
                 self._depth += 1 if mark == b"{" else -1
         self._object += block[start:position]
         if len(self._object) > self._max_event_size:
-            raise InvalidStreamError(
-                f"a JSON object of the stream is larger than {self._max_event_size} bytes; "
-                "raise max_event_size if that is meant"
-            )
+            raise _too_large("a JSON object", self._max_event_size)
         if not self._depth:
             events.append(ServerSentEvent(data=_decode(self._object)))
             self._object, self.is_first = bytearray(), False
@@ -1406,7 +1389,7 @@ class _AnswerDecoder(SSEDecoder):
         if self._bare is not None:
             try:
                 events = self._bare.feed(line + b"\n")
-            except InvalidStreamError:  # no JSON: the line means nothing, as any line that is no field
+            except InvalidStreamError:  # no JSON: the line is ignored, as any line that is no field
                 self._bare = None
         for event in events:
             self._bare = None
@@ -1424,13 +1407,13 @@ class _AnswerDecoder(SSEDecoder):
             self._open = bytearray()
             self._unknown(line)
         before, events = self.last_event_id, super().flush()
-        if before:  # its own id may be missing, by which the server would resume
+        if before:  # the line with the id of the event, by which the server would resume, may be missing
             events = [event for event in events if event.id != before or event.data == "[DONE]"]
         return bare + events
 
 
 class _BodyDecoder:
-    """Bytes of an answer in, events out, in the framing of the answer; InvalidStreamError for any other
+    """Bytes of an answer in, events out; detects the framing, and raises InvalidStreamError for an unknown one
 
     ``is_bounded`` says that the body is one document with a known end.
     """
@@ -1439,14 +1422,14 @@ class _BodyDecoder:
         self._content_type, self._format, self._max_event_size = content_type, format, max_event_size
         self._is_bounded = is_bounded
         self._start, self._blank = bytearray(), True
-        #: the decoder of the framing, once that is known
+        #: the decoder; None until the framing is known
         self.decoder: SSEDecoder | _JSONDecoder | None = None
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes"""
         if self.decoder is not None:
             return self.decoder.feed(block)
-        # blank lines before the first event mean nothing in any framing; spaces belong to its line
+        # blank lines before the first event are ignored in any framing; spaces belong to its line
         self._blank = self._blank and block.isspace()
         line = 1 + max(block.rfind(b"\r"), block.rfind(b"\n")) if self._blank else 0
         if line:
@@ -1464,7 +1447,7 @@ class _BodyDecoder:
         return self.decoder.feed(bytes(self._start))
 
     def flush(self) -> list[ServerSentEvent]:
-        """The last events, where the body has ended"""
+        """The last events, at the end of the body"""
         events = self._begin(True) if self.decoder is None else []
         return events if self.decoder is None else events + self.decoder.flush()
 
@@ -4049,10 +4032,10 @@ class TokenAlignment:
     is counted but not compared: how a vendor renders messages, tools and images is not public.
 
     ``usage`` then holds the result, ``alignment``, and both counts. Its counts are those of the provider, if any; a
-    stream that was cut before its usage gets our counts. A difference above ``tolerance``, a share (by default 0.001,
-    and 0.15 for an estimate), is logged as a warning. ``on_mismatch="adjust"`` uses the count of the provider and logs
-    that; ``"raise"`` raises TokenMismatchError at the end. ``log=False`` logs nothing. May be shared between threads
-    and streams.
+    stream that was cut before its usage gets those of sheepsse. A difference above ``tolerance``, a share (by default
+    0.001, and 0.15 for an estimate), is logged as a warning. ``on_mismatch="adjust"`` uses the count of the provider
+    and logs that; ``"raise"`` raises TokenMismatchError at the end. ``log=False`` logs nothing. May be shared between
+    threads and streams.
     """
 
     def __init__(
@@ -4126,40 +4109,36 @@ class _Alignment:
     def aligned(self, answer: _Answer, choices: int = 1, cut: bool = False) -> Usage:
         """The usage of an answer with the result; TokenMismatchError for a mismatch with ``on_mismatch="raise"``
 
-        The usage of a stream that was ``cut`` is no count of the text that was received.
+        ``cut`` says that the stream was cut: the usage of the provider does not count the text that was received then.
         """
-        terms, said = self._terms, None if cut else answer.usage
+        terms, provided = self._terms, None if cut else answer.usage
         # reasoning that the provider counts apart may be hidden, or a summary
-        told = 0 if said is None else said.reasoning_tokens
-        text = str(answer.text) if told else _all_text(answer)
+        reasoning = 0 if provided is None else provided.reasoning_tokens
+        text = str(answer.text) if reasoning else _all_text(answer)
         local = self._counted_input(), self._count(text) if terms.count_output else None
-        if said is None:
+        if provided is None:
             usage = Usage(local[0] or 0, local[1] or 0, (local[0] or 0) + (local[1] or 0))
             source = "estimate" if None in local else self.source  # without a count there is no price
             return usage._replace(source=source, alignment="unverified", local=local, aligned_at=time.time())
-        usage = said._replace(local=local, aligned_at=time.time(), alignment="unverified")
-        if said.source == "provider":
-            usage = usage._replace(provider=(said.input_tokens, said.output_tokens))
+        usage = provided._replace(local=local, aligned_at=time.time(), alignment="unverified")
+        if provided.source == "provider":
+            usage = usage._replace(provider=(provided.input_tokens, provided.output_tokens))
         counted = local[1]
         if counted is None or usage.provider is None or choices != 1 or answer.tool_calls or answer.refusal:
             return usage
-        sent = said.output_tokens - told
+        expected = provided.output_tokens - reasoning
         tolerance = terms.tolerance
         if tolerance is None:
             tolerance = 0.001 if self.source == "local" else 0.15
-        if abs(counted - sent) <= max(1, tolerance * sent):
+        if abs(counted - expected) <= max(1, tolerance * expected):
             return usage._replace(alignment="verified")
-        self._report_mismatch(counted, sent)
-        return usage._replace(alignment="mismatch")
-
-    def _report_mismatch(self, counted: int, sent: int) -> None:
-        terms = self._terms
-        message = f"counted {counted} tokens of output ({self.source}) where the provider says {sent}"
+        message = f"counted {counted} tokens of output ({self.source}) where the provider says {expected}"
         if terms.on_mismatch == "raise":
             raise TokenMismatchError(message)
         if terms.log:
             adjusted = terms.on_mismatch == "adjust"
             _log.log(logging.INFO if adjusted else logging.WARNING, "%s%s", message, ", which is taken" * adjusted)
+        return usage._replace(alignment="mismatch")
 
 
 def _all_text(answer: _Answer) -> str:
@@ -12728,7 +12707,7 @@ _ANSWER = b'{"id":'
 
 
 class _Answers:
-    """A file of answers, one line of JSON each; it is only appended to, by one process at a time"""
+    """A file of answers, one line of JSON each; one process at a time appends to the file"""
 
     def __init__(self, path: str) -> None:
         file = _created_and_locked(path, shared=True)
