@@ -55,6 +55,7 @@ import socket
 import sys
 import threading
 import time
+import typing
 import weakref
 import zlib
 from http.client import HTTPConnection as _HTTPConnection
@@ -73,7 +74,6 @@ from typing import (
     Iterator,
     List,
     Mapping,
-    NamedTuple,
     Optional,
     Sequence,
     Tuple,
@@ -643,8 +643,10 @@ class _TupleType(type):
         return made
 
 
-if not TYPE_CHECKING:
-    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {"__orig_bases__": (NamedTuple,)})
+if TYPE_CHECKING:
+    from typing import NamedTuple
+else:
+    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {"__orig_bases__": (typing.NamedTuple,)})
 
 
 class ServerSentEvent(NamedTuple):
