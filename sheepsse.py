@@ -55,6 +55,7 @@ import socket
 import sys
 import threading
 import time
+import typing
 import weakref
 import zlib
 from http.client import HTTPConnection as _HTTPConnection
@@ -73,7 +74,6 @@ from typing import (
     Iterator,
     List,
     Mapping,
-    NamedTuple,
     Optional,
     Sequence,
     Tuple,
@@ -114,6 +114,7 @@ _log = logging.getLogger("sheepsse")
 _log.addHandler(logging.NullHandler())
 
 _T = TypeVar("_T")
+_Run = TypeVar("_Run", bound="Callable[[Any, Any], int]")
 
 
 # ============================================================================================================
@@ -157,12 +158,11 @@ class _OldReader:
         self._read = 0
 
     def __call__(self) -> bytes:
-        data = self._read1()
-        decoded: bytes = self._raw._decode(data, True, not data)
-        while data and not decoded:  # a part of a compressed block may decode to nothing
+        while True:
             data = self._read1()
-            decoded = self._raw._decode(data, True, not data)
-        return decoded
+            decoded: bytes = self._raw._decode(data, True, not data)
+            if decoded or not data:  # a part of a compressed block may decode to nothing
+                return decoded
 
     def _read1(self) -> bytes:
         raw = self._raw
@@ -280,13 +280,7 @@ class SheepError(requests.RequestException):
     def __reduce__(self) -> tuple[Any, ...]:
         # RequestException would pickle the request, and with it the key
         kept = {name: value for name, value in self.__dict__.items() if name not in ("request", "response")}
-        return _unpickle_error, (type(self), self.args, kept)
-
-
-def _unpickle_error(kind: type[SheepError], args: tuple[Any, ...], attributes: dict[str, Any]) -> SheepError:
-    error = kind(*args)
-    error.__dict__.update(attributes)
-    return error
+        return type(self), self.args, kept
 
 
 class AuthenticationError(SheepError):
@@ -407,9 +401,9 @@ class CheckpointError(SheepError):
 
 _HIDDEN = "[hidden]"
 #: names of headers that carry keys, of vendors and of gateways (``Helicone-Auth``, ``X-Auth-Token``)
-_KEY_HEADER = re.compile("auth|cookie|credential|key$|password|secret|token", re.IGNORECASE)
+_KEY_HEADER = "(?i)auth|cookie|credential|key$|password|secret|token"
 #: names of URL parameters that carry keys
-_KEY_PARAMETER = re.compile("access|auth|code|credential|key|pass|secret|sig|token", re.IGNORECASE)
+_KEY_PARAMETER = "(?i)access|auth|code|credential|key|pass|secret|sig|token"
 
 
 class _Key(str):
@@ -432,11 +426,11 @@ class _Hidden(Dict[str, Any]):
 
 def _key_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     """The headers that carry a key"""
-    return {name: value for name, value in headers.items() if _KEY_HEADER.search(name) and value is not None}
+    return {name: value for name, value in headers.items() if re.search(_KEY_HEADER, name) and value is not None}
 
 
 class _Secrets:
-    """The keys and passwords of a request, and the means to hide them in texts and errors
+    """The keys and passwords of a request; hides them in texts and errors
 
     Servers repeat keys in their messages. Libraries put header values and URLs into their messages.
     """
@@ -450,7 +444,7 @@ class _Secrets:
             words.update(runs[1:] or runs)
         parts = _split_url(url)
         pairs = (pair.partition("=") for pair in parts.query.split("&"))
-        found = [value for name, _, value in pairs if _KEY_PARAMETER.search(name)]
+        found = [value for name, _, value in pairs if re.search(_KEY_PARAMETER, name)]
         found.append(parts.netloc.rpartition("@")[0].partition(":")[2])
         for proxy in (proxies or {}).values():
             # urlsplit fails for a password with special characters, and the library shows a part of the password
@@ -628,25 +622,57 @@ def _http_date(text: str) -> float | None:
 # ============================================================================================================
 
 
+class _TupleType(type):
+    """The type of the NamedTuple of this file, which makes typing's named tuples in less time and documents fields
+
+    The doc of a field is its annotation and its line, if any, in the docstring of the class.
+    """
+
+    def __new__(cls, name: str, bases: tuple[Any, ...], namespace: dict[str, Any]) -> Any:
+        types: dict[str, str] = namespace["__annotations__"]  # typing would compile each of them
+        defaults = [namespace.pop(field) for field in types if field in namespace]
+        made: Any = collections.namedtuple(name, types, defaults=defaults)  # type: ignore[misc]
+        for key, value in {"__orig_bases__": bases[0].__orig_bases__, **namespace}.items():
+            setattr(made, key, value)
+        docs = dict(types)
+        for line in (made.__doc__ or "").splitlines():  # python -OO drops docstrings
+            fields, _, text = line.strip().partition(": ")
+            docs.update((field, f"{types[field]}: {text}") for field in fields.split(", ") if field in types)
+        for field, doc in docs.items():
+            getattr(made, field).__doc__ = doc
+        return made
+
+
+if TYPE_CHECKING:
+    from typing import NamedTuple
+else:
+    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {"__orig_bases__": (typing.NamedTuple,)})
+
+
 class ServerSentEvent(NamedTuple):
-    """One event of a stream, as in the WHATWG event stream interpretation"""
+    """One event of a stream, as in the WHATWG event stream interpretation
+
+    event: its type
+    id: the last event id in force, also where this event did not set one
+    retry: the reconnection time in milliseconds that the block of this event set, or None
+    """
 
     event: str = "message"
     data: str = ""
-    #: the last event id in force, also where this event did not set one
     id: str = ""
-    #: the reconnection time in milliseconds that the block of this event set, or None
     retry: int | None = None
 
 
 class ToolCall(NamedTuple):
-    """A tool call: the part in one Chunk, or the whole call in a Completion"""
+    """A tool call: the part in one Chunk, or the whole call in a Completion
 
-    #: the position among the calls of an answer; parts with the same index belong together
+    index: the position among the calls of an answer; parts with the same index belong together
+    arguments: the arguments as text, unchanged
+    """
+
     index: int = 0  # type: ignore[assignment]  # the field's own term; tuple.index is not of use here
     id: str = ""
     name: str = ""
-    #: the arguments as text, unchanged
     arguments: str = ""
 
     @property
@@ -663,57 +689,65 @@ class ToolCall(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """The tokens of a request; counts are inclusive, and 0 where the provider gives none"""
+    """The tokens of a request; counts are inclusive, and 0 where the provider gives none
 
-    #: all input, cached or not
+    input_tokens: all input, cached or not
+    output_tokens: all output, reasoning included
+    cost: the charge on the wire, in the currency of the provider (US dollars so far), or None
+    source: who counted: provider; without its count, and with an alignment, the tokenizer (local), or an estimate
+    alignment: the result of a TokenAlignment, if any: verified, mismatch, or unverified where nothing can be compared
+    provider, local: the input and output tokens by the provider, and by sheepsse; None is not counted
+    aligned_at: when they were compared, in seconds since 1970, or None
+    """
+
     input_tokens: int = 0
-    #: all output, reasoning included
     output_tokens: int = 0
     total_tokens: int = 0
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
-    #: the charge on the wire, in the currency of the provider (US dollars so far), or None
     cost: Decimal | None = None
-    #: who counted: ``provider``; without its count, and with an alignment, ``local`` is the tokenizer of the model, and
-    #: ``estimate`` anything else
     source: str = "provider"
-    #: the result of a TokenAlignment: ``verified``, ``mismatch``, or ``unverified`` where counts cannot be compared
     alignment: str | None = None
-    #: the input and output tokens by the provider, and by sheepsse; None is not counted
     provider: tuple[int | None, int | None] | None = None
     local: tuple[int | None, int | None] | None = None
-    #: when they were compared, in seconds since 1970
     aligned_at: float | None = None
 
 
 class Chunk(NamedTuple):
-    """One step of an answer"""
+    """One step of an answer
+
+    finish_reason: why this choice ended, in the vendor's word; None before the end
+    finish: the finish reason in a common word: stop, length, tool_calls, refusal or other
+    index: the index of the choice or candidate
+    event_id: the id of its event, "" where the event has none
+    raw: the data of its event, parsed
+    id, model: the id and the model of the answer, where the event names them
+    vendor: with the finish reason, by the name of the dialect: what the next request must send back to the vendor
+    """
 
     text: str = ""
     reasoning: str = ""
     refusal: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    #: why this choice ended, in the vendor's word; None before the end
     finish_reason: str | None = None
-    #: the finish reason in a common word: stop, length, tool_calls, refusal or other
     finish: str | None = None
     usage: Usage | None = None
-    #: the index of the choice or candidate
     index: int = 0  # type: ignore[assignment]
-    #: the id of its event, "" where the event has none
     event_id: str = ""
-    #: the data of its event, parsed
     raw: Any = None
-    #: the id and the model of the answer, where the event names them
     id: str = ""
     model: str = ""
-    #: with the finish reason, by the name of the dialect: what the next request must send back to the vendor
     vendor: Mapping[str, Any] | None = None
 
 
 class Completion(NamedTuple):
-    """An answer, or the part that was received"""
+    """An answer, or the part that was received
+
+    finish_reason: why it ended, in the vendor's word; None before the end
+    complete: False after an error, a cancel or an early end of reading
+    vendor: by the name of the dialect: what the next request must send back to the vendor
+    """
 
     text: str = ""
     reasoning: str = ""
@@ -723,9 +757,7 @@ class Completion(NamedTuple):
     usage: Usage | None = None
     model: str = ""
     id: str = ""
-    #: False after an error, a cancel or an early end of reading
     complete: bool = False
-    #: by the name of the dialect: what the next request must send back to the vendor
     vendor: Mapping[str, Any] | None = None
 
     @property
@@ -754,20 +786,21 @@ class Completion(NamedTuple):
 
 
 class ResumePoint(NamedTuple):
-    """The point where a stream was lost, for ``resume_from=``, also in another process; plain data for JSON"""
+    """The point where a stream was lost, for ``resume_from=``, also in another process; plain data for JSON
 
-    #: the id of the last event that was received, "" where the server sends none
+    event_id: the id of the last event that was received, "" where the server sends none
+    tokens_received: tokens received, by the provider's count, or None
+    chars_received: characters of text received
+    text: the text received
+    cursor: all else that is needed to resume, as JSON
+    pause: to send back after a vendor's pause: Gemini's continuationToken; Anthropic's container and content (blocks)
+    """
+
     event_id: str = ""
-    #: tokens received, by the provider's count, or None
     tokens_received: int | None = None
-    #: characters of text received
     chars_received: int = 0
-    #: the text received
     text: str = ""
-    #: all else that is needed to resume, as JSON
     cursor: str = ""
-    #: after a pause by the vendor: what the next request must send back. Gemini's ``continuationToken``; Anthropic's
-    #: ``content`` (the blocks of the assistant's message) and ``container``
     pause: Mapping[str, Any] | None = None
 
 
@@ -797,7 +830,7 @@ class _Text(bytearray):
 
 
 class _Answer:
-    """The fold: the chunks of one choice so far, put together"""
+    """The fold: the chunks of one choice so far, merged"""
 
     def __init__(self, index: int = 0) -> None:
         self.index = index
@@ -815,27 +848,27 @@ class _Answer:
         self.complete = False
         #: whether the finish reason is final: some servers send one with every piece
         self.settled = False
-        self._was_open = False  # whether a piece came without one
+        self._was_open = False  # whether a piece was received without a finish reason
         #: whether a piece of text, reasoning, refusal or tool call was received, of any choice
         self.given = False
 
     def add(self, chunk: Chunk) -> bool:
-        """Folds a chunk in; True where it holds a piece of the answer"""
+        """Folds a chunk in; True where the chunk holds a piece of the answer"""
         text, reasoning, refusal, calls, reason = chunk[:5]
-        says = bool(text or reasoning or refusal or calls)
-        self.given = self.given or says
+        has_content = bool(text or reasoning or refusal or calls)
+        self.given = self.given or has_content
         if chunk.usage is not None:  # cumulative where it is repeated: the last one counts
             self.usage = chunk.usage
         self.id = self.id or chunk.id
         self.model = self.model or chunk.model
         self.event_id = chunk.event_id or self.event_id
         is_mine = chunk.index == self.index
-        for said, piece in ((self.text, text), (self.reasoning, reasoning), (self.refusal, refusal)):
+        for received, piece in ((self.text, text), (self.reasoning, reasoning), (self.refusal, refusal)):
             if piece:
                 encoded = piece.encode("utf-8", "surrogatepass")
                 self.size += len(encoded)
                 if is_mine:
-                    said += encoded
+                    received += encoded
         for call in calls:
             self.size += len(call.arguments.encode("utf-8", "surrogatepass"))
             if is_mine:
@@ -844,14 +877,14 @@ class _Answer:
                 arguments.append(call.arguments)
                 self.tool_calls[call.index] = (id or call.id, name or call.name, arguments)
         if not is_mine:
-            return says
-        if reason:  # with text: perhaps of a server that sends one with every piece
-            self.settled = self._was_open or not says
+            return has_content
+        if reason:  # with text: perhaps of a server that sends a finish reason with every piece
+            self.settled = self._was_open or not has_content
             self.finish_reason, self.finish = reason, chunk.finish
-        elif says:
+        elif has_content:
             self.settled, self._was_open = False, True
         self.vendor = chunk.vendor or self.vendor
-        return says
+        return has_content
 
     def without_failure(self) -> _Answer:
         """The answer, without a finish reason that says that the server failed"""
@@ -899,15 +932,16 @@ class _Answer:
         try:
             rest: Any = json.loads(point.cursor) if point.cursor else ["", "", [], "", [None, None, False], []]
             reasoning, refusal, calls, id, (finish_reason, finish, given, *settled), events = rest
-            said = {
+            texts = {
                 "text": point.text,
                 "reasoning": reasoning,
                 "refusal": refusal,
                 "id": id,
                 "event_id": point.event_id,
             }
-            said.update({"finish_reason": finish_reason, "finish": finish} if finish_reason is not None else {})
-            _check_types(said, _CHUNK_TYPES)
+            if finish_reason is not None:
+                texts.update(finish_reason=finish_reason, finish=finish)
+            _check_types(texts, _CHUNK_TYPES)
             parts = tuple(ToolCall(*call) for call in calls)
             for part in parts:
                 _check_types(part._asdict(), _CALL_TYPES)
@@ -915,7 +949,7 @@ class _Answer:
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"resume_from takes a resume_point as it was given: {error}") from error
         answer = cls()
-        answer.add(Chunk(point.text, reasoning, refusal, parts, finish_reason, finish, id=id, event_id=point.event_id))
+        answer.add(Chunk(**texts, tool_calls=parts))
         answer.given = answer.given or given is True  # of another choice
         answer.settled = settled == [True]
         return answer, marks
@@ -934,7 +968,7 @@ _USAGE_TYPES = {
 
 
 def _check_types(fields: Any, types: Mapping[str, type]) -> None:
-    """Raises TypeError for other fields, or values of other types"""
+    """Raises TypeError for a field that ``types`` does not name, or a value of another type"""
     for name, value in fields.items():
         if name not in types or not isinstance(value, types[name]) or isinstance(value, bool):
             raise TypeError(f"{str(name)[:50]!r} is a {type(value).__name__}")
@@ -943,7 +977,7 @@ def _check_types(fields: Any, types: Mapping[str, type]) -> None:
 def collect(chunks: Iterable[Chunk], index: int = 0) -> Completion:
     """The answer of the choice ``index``, from all chunks
 
-    It is ``complete`` when ``chunks`` ends without an error, as ``iter_chunks`` does only for a whole stream.
+    The answer is ``complete`` if ``chunks`` ends without an error, as ``iter_chunks`` does only for a whole stream.
     """
     answer = _Answer(index)
     for chunk in chunks:
@@ -1035,16 +1069,11 @@ def _is_time_out(error: BaseException, end: BaseException | None = None) -> bool
 
 def _until_failure(blocks: Iterable[_T], failure: list[SheepError]) -> Iterator[_T]:
     """The same blocks; a failure ends them, and is appended to ``failure``"""
-    iterator = iter(blocks)
-    while True:
-        try:
-            block = next(iterator)
-        except StopIteration:
-            return
-        except SheepError as error:
-            failure.append(error)
-            return
-        yield block
+    try:
+        for block in blocks:  # noqa: UP028  # "yield from" would close blocks when this generator is closed
+            yield block
+    except SheepError as error:
+        failure.append(error)
 
 
 def parse_line(line: str | bytes) -> tuple[str, str] | None:
@@ -1090,7 +1119,7 @@ class SSEDecoder:
         self._after_cr = False
         self._open = bytearray()  # a line without its end
         self._data: bytes | bytearray | None = None  # of the open event; None where it has no data
-        self._size = 0  # of its data lines, names and all
+        self._size = 0  # bytes of its data lines, with the names of the fields
         self._event = b""
         self._id, self._decoded_id = last_event_id.encode("utf-8"), last_event_id
         self._event_retry: int | None = None
@@ -1116,8 +1145,8 @@ class SSEDecoder:
         try:
             for line in lines:
                 if self._size + len(line) > self._max_event_size:
-                    self._check_size(len(line))
-                if line[:6] == b"data: " and self._data is None and not self._first_line:  # by far the most
+                    raise _too_large("an event", self._max_event_size)
+                if line[:6] == b"data: " and self._data is None and not self._first_line:  # most lines are this one
                     self._size, self._data = len(line), line[6:]
                 elif line:
                     self._line(line)
@@ -1125,20 +1154,14 @@ class SSEDecoder:
                     self._blank_line()
             if rest:
                 self._open += rest
-                self._check_size(len(self._open))
+                if self._size + len(self._open) > self._max_event_size:
+                    raise _too_large("an event", self._max_event_size)
         except InvalidStreamError as error:
             self._failure = error
             self._open, self._data = bytearray(), None
-            if not events:  # else at the next call: these come first
+            if not events:  # otherwise the next call raises: the events before come first
                 raise
         return events
-
-    def _check_size(self, more: int) -> None:
-        if self._size + more > self._max_event_size:
-            raise InvalidStreamError(
-                f"an event of the stream is larger than {self._max_event_size} bytes; "
-                "raise max_event_size if that is meant"
-            )
 
     def _line(self, line: bytes) -> None:
         line = self._without_bom(line) if self._first_line else line
@@ -1156,7 +1179,9 @@ class SSEDecoder:
             self._event = value
         elif field == b"id":
             if value != self._id and b"\0" not in value:
-                self._set_id(value)
+                if self._max_id_size is not None and len(value) > self._max_id_size:
+                    raise InvalidStreamError(f"the id of an event is longer than {self._max_id_size} bytes")
+                self._id, self._decoded_id = value, value.decode("utf-8", "replace")  # once, for all its events
         elif field == b"retry" and value.isdigit():  # bytes.isdigit knows ASCII digits only
             self.retry = self._event_retry = int(value.lstrip(b"0")[:16] or b"0")  # more digits mean for ever, too
         else:
@@ -1166,17 +1191,12 @@ class SSEDecoder:
         first, self._first_line = self._first_line, False
         return line[3:] if first and line[:3] == b"\xef\xbb\xbf" else line
 
-    def _set_id(self, value: bytes) -> None:
-        if self._max_id_size is not None and len(value) > self._max_id_size:
-            raise InvalidStreamError(f"the id of an event is longer than {self._max_id_size} bytes")
-        self._id, self._decoded_id = value, value.decode("utf-8", "replace")  # once, for all its events
-
     def _unknown(self, line: bytes) -> None:
-        """A line that is no field, and means nothing"""
+        """Handles a line that is no field; here the line is ignored"""
 
     def _blank_line(self) -> None:
         self._first_line = False
-        # an id counts also where its block has no data
+        # an id is in force also if its block has no data
         self.last_event_id = self._decoded_id
         if self._data is not None:
             event = self._event.decode("utf-8", "replace") or "message"
@@ -1194,7 +1214,7 @@ class SSEDecoder:
             raise self._failure
         line = self._without_bom(bytes(self._open))
         self._open = bytearray()
-        if line and line[:1] != b":":  # a comment does not matter
+        if line and line[:1] != b":":  # a comment changes nothing
             if _split_line(line)[0] == b"data":
                 self._line(line)
             else:
@@ -1206,8 +1226,14 @@ class SSEDecoder:
         return self._events
 
 
+def _too_large(part: str, limit: int) -> InvalidStreamError:
+    return InvalidStreamError(
+        f"{part} of the stream is larger than {limit} bytes; raise max_event_size if that is meant"
+    )
+
+
 def _is_whole(data: str) -> bool:
-    """Whether data is known to be whole"""
+    """Whether the data is ``[DONE]``, or a whole JSON object or array"""
     data = data.strip()
     if data == "[DONE]":
         return True
@@ -1215,7 +1241,7 @@ def _is_whole(data: str) -> bool:
 
 
 def _blocks_of(source: requests.Response | Iterable[bytes]) -> Iterable[bytes]:
-    # iter_content tells a response of any library like requests from bare bytes
+    # a response of requests, or of a library like it, has iter_content; plain blocks do not
     return iter_bytes(source) if hasattr(source, "iter_content") else source  # type: ignore[arg-type]
 
 
@@ -1251,7 +1277,7 @@ def iter_json_lines(
 
 
 class _JSONDecoder:
-    """Bytes in, the outermost JSON objects out, one after another or inside one outermost array"""
+    """Bytes in, JSON objects out: the outermost ones, one after another or in one array"""
 
     #: the rest of a string and its end, or a backslash that is the last byte of a block
     _IN_STRING = rb'(?s)[^"\\]*(?:\\.[^"\\]*)*(["\\]?)'
@@ -1266,8 +1292,8 @@ class _JSONDecoder:
         # not compiled with the class, which would slow down the import for all who never read JSON
         patterns = self._IN_STRING, self._OUTSIDE, self._BETWEEN
         self._in_string_match, self._outside_match, self._between_match = (re.compile(each).match for each in patterns)
-        self._object = bytearray()  # that is not whole yet
-        #: whether no object was whole yet
+        self._object = bytearray()  # the object that is not whole yet
+        #: whether no object has been returned yet
         self.is_first = True
         self._depth = 0
         self._in_string = False
@@ -1312,7 +1338,7 @@ class _JSONDecoder:
         """Reads to the end of the object or of the block, and returns the position"""
         position = start
         while self._depth and position < len(block):
-            if self._escaped:  # the byte after a backslash means nothing
+            if self._escaped:  # a backslash before this byte takes its meaning
                 self._escaped, position = False, position + 1
                 continue
             match = (self._in_string_match if self._in_string else self._outside_match)(block, position)
@@ -1326,10 +1352,7 @@ class _JSONDecoder:
                 self._depth += 1 if mark == b"{" else -1
         self._object += block[start:position]
         if len(self._object) > self._max_event_size:
-            raise InvalidStreamError(
-                f"a JSON object of the stream is larger than {self._max_event_size} bytes; "
-                "raise max_event_size if that is meant"
-            )
+            raise _too_large("a JSON object", self._max_event_size)
         if not self._depth:
             events.append(ServerSentEvent(data=_decode(self._object)))
             self._object, self.is_first = bytearray(), False
@@ -1368,7 +1391,7 @@ class _AnswerDecoder(SSEDecoder):
         if self._bare is not None:
             try:
                 events = self._bare.feed(line + b"\n")
-            except InvalidStreamError:  # no JSON: the line means nothing, as any line that is no field
+            except InvalidStreamError:  # no JSON: the line is ignored, as any line that is no field
                 self._bare = None
         for event in events:
             self._bare = None
@@ -1386,13 +1409,13 @@ class _AnswerDecoder(SSEDecoder):
             self._open = bytearray()
             self._unknown(line)
         before, events = self.last_event_id, super().flush()
-        if before:  # its own id may be missing, by which the server would resume
+        if before:  # the line with the id of the event, by which the server would resume, may be missing
             events = [event for event in events if event.id != before or event.data == "[DONE]"]
         return bare + events
 
 
 class _BodyDecoder:
-    """Bytes of an answer in, events out, in the framing of the answer; InvalidStreamError for any other
+    """Bytes of an answer in, events out; detects the framing, and raises InvalidStreamError for an unknown one
 
     ``is_bounded`` says that the body is one document with a known end.
     """
@@ -1401,14 +1424,14 @@ class _BodyDecoder:
         self._content_type, self._format, self._max_event_size = content_type, format, max_event_size
         self._is_bounded = is_bounded
         self._start, self._blank = bytearray(), True
-        #: the decoder of the framing, once that is known
+        #: the decoder; None until the framing is known
         self.decoder: SSEDecoder | _JSONDecoder | None = None
 
     def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes"""
         if self.decoder is not None:
             return self.decoder.feed(block)
-        # blank lines before the first event mean nothing in any framing; spaces belong to its line
+        # blank lines before the first event are ignored in any framing; spaces belong to its line
         self._blank = self._blank and block.isspace()
         line = 1 + max(block.rfind(b"\r"), block.rfind(b"\n")) if self._blank else 0
         if line:
@@ -1426,7 +1449,7 @@ class _BodyDecoder:
         return self.decoder.feed(bytes(self._start))
 
     def flush(self) -> list[ServerSentEvent]:
-        """The last events, where the body has ended"""
+        """The last events, at the end of the body"""
         events = self._begin(True) if self.decoder is None else []
         return events if self.decoder is None else events + self.decoder.flush()
 
@@ -3859,7 +3882,7 @@ def _public_url(url: str) -> str:
 
 def _url_without_keys(url: str) -> str:
     """A URL that tells servers apart, without its secrets: user, password and keys in the query"""
-    query = [field for field in _split_url(url).query.split("&") if not _KEY_HEADER.search(field.partition("=")[0])]
+    query = [field for field in _split_url(url).query.split("&") if not re.search(_KEY_HEADER, field.partition("=")[0])]
     return "?".join(filter(None, (_public_url(url), "&".join(query))))
 
 
@@ -3986,15 +4009,17 @@ def _weight(run: re.Match[str]) -> float:
 
 
 class AlignmentReport(NamedTuple):
-    """The counts of a TokenAlignment for a stream so far"""
+    """The counts of a TokenAlignment for a stream so far
 
-    #: None where input is not counted
+    input_tokens, output_tokens: None where they are not counted
+    elapsed: seconds since the stream began
+    source: local or estimate, as Usage.source
+    """
+
     input_tokens: int | None
     output_tokens: int | None
     chunks: int
-    #: seconds since the stream began
     elapsed: float
-    #: ``local`` or ``estimate``, as Usage.source
     source: str
 
 
@@ -4009,10 +4034,10 @@ class TokenAlignment:
     is counted but not compared: how a vendor renders messages, tools and images is not public.
 
     ``usage`` then holds the result, ``alignment``, and both counts. Its counts are those of the provider, if any; a
-    stream that was cut before its usage gets our counts. A difference above ``tolerance``, a share (by default 0.001,
-    and 0.15 for an estimate), is logged as a warning. ``on_mismatch="adjust"`` uses the count of the provider and logs
-    that; ``"raise"`` raises TokenMismatchError at the end. ``log=False`` logs nothing. May be shared between threads
-    and streams.
+    stream that was cut before its usage gets those of sheepsse. A difference above ``tolerance``, a share (by default
+    0.001, and 0.15 for an estimate), is logged as a warning. ``on_mismatch="adjust"`` uses the count of the provider
+    and logs that; ``"raise"`` raises TokenMismatchError at the end. ``log=False`` logs nothing. May be shared between
+    threads and streams.
     """
 
     def __init__(
@@ -4086,40 +4111,36 @@ class _Alignment:
     def aligned(self, answer: _Answer, choices: int = 1, cut: bool = False) -> Usage:
         """The usage of an answer with the result; TokenMismatchError for a mismatch with ``on_mismatch="raise"``
 
-        The usage of a stream that was ``cut`` is no count of the text that was received.
+        ``cut`` says that the stream was cut: the usage of the provider does not count the text that was received then.
         """
-        terms, said = self._terms, None if cut else answer.usage
+        terms, provided = self._terms, None if cut else answer.usage
         # reasoning that the provider counts apart may be hidden, or a summary
-        told = 0 if said is None else said.reasoning_tokens
-        text = str(answer.text) if told else _all_text(answer)
+        reasoning = 0 if provided is None else provided.reasoning_tokens
+        text = str(answer.text) if reasoning else _all_text(answer)
         local = self._counted_input(), self._count(text) if terms.count_output else None
-        if said is None:
+        if provided is None:
             usage = Usage(local[0] or 0, local[1] or 0, (local[0] or 0) + (local[1] or 0))
             source = "estimate" if None in local else self.source  # without a count there is no price
             return usage._replace(source=source, alignment="unverified", local=local, aligned_at=time.time())
-        usage = said._replace(local=local, aligned_at=time.time(), alignment="unverified")
-        if said.source == "provider":
-            usage = usage._replace(provider=(said.input_tokens, said.output_tokens))
+        usage = provided._replace(local=local, aligned_at=time.time(), alignment="unverified")
+        if provided.source == "provider":
+            usage = usage._replace(provider=(provided.input_tokens, provided.output_tokens))
         counted = local[1]
         if counted is None or usage.provider is None or choices != 1 or answer.tool_calls or answer.refusal:
             return usage
-        sent = said.output_tokens - told
+        expected = provided.output_tokens - reasoning
         tolerance = terms.tolerance
         if tolerance is None:
             tolerance = 0.001 if self.source == "local" else 0.15
-        if abs(counted - sent) <= max(1, tolerance * sent):
+        if abs(counted - expected) <= max(1, tolerance * expected):
             return usage._replace(alignment="verified")
-        self._report_mismatch(counted, sent)
-        return usage._replace(alignment="mismatch")
-
-    def _report_mismatch(self, counted: int, sent: int) -> None:
-        terms = self._terms
-        message = f"counted {counted} tokens of output ({self.source}) where the provider says {sent}"
+        message = f"counted {counted} tokens of output ({self.source}) where the provider says {expected}"
         if terms.on_mismatch == "raise":
             raise TokenMismatchError(message)
         if terms.log:
             adjusted = terms.on_mismatch == "adjust"
             _log.log(logging.INFO if adjusted else logging.WARNING, "%s%s", message, ", which is taken" * adjusted)
+        return usage._replace(alignment="mismatch")
 
 
 def _all_text(answer: _Answer) -> str:
@@ -4127,11 +4148,13 @@ def _all_text(answer: _Answer) -> str:
 
 
 class Price(NamedTuple):
-    """The prices of a model for a million tokens, in one currency: numbers, or str for exact decimals"""
+    """The prices of a model for a million tokens, in one currency: numbers, or str for exact decimals
+
+    cache_read, cache_write: of input read from the cache, or written to it; None means the price of other input
+    """
 
     input: Decimal | float | str
     output: Decimal | float | str
-    #: of input read from the cache, or written to it; None means the price of other input
     cache_read: Decimal | float | str | None = None
     cache_write: Decimal | float | str | None = None
 
@@ -4216,13 +4239,15 @@ def _list_price(usage: Usage, model: str | None, provider: str | None) -> Decima
 
 
 class CostMix(NamedTuple):
-    """The cost of a number of tokens by one mix of models; all amounts are None where a price is unknown"""
+    """The cost of a number of tokens by one mix of models; all amounts are None where a price is unknown
+
+    parts: the cost by model
+    saving, percent, yearly_saving: compared with the first mix: in money, in per cent, and in a year of twelve months
+    """
 
     name: str
-    #: by model
     parts: Mapping[str, Decimal | None]
     total: Decimal | None
-    #: compared with the first mix: in money, in per cent, and in a year of twelve months
     saving: Decimal | None
     percent: Decimal | None
     yearly_saving: Decimal | None
@@ -4549,21 +4574,23 @@ _LONGEST_HOLD = 120.0
 
 
 class LimiterStats(NamedTuple):
-    """The callers of a Limiter by what became of them: each counts once"""
+    """The callers of a Limiter by what became of them: each counts once
 
-    #: who holds a slot
+    active: callers that hold a slot
+    queued: callers that wait for one
+    served: callers that held one and gave it back
+    rejected: callers that found the queue full
+    timed_out: callers whose wait was too long
+    cancelled: callers that went away while waiting
+    position: the place of a user's first waiter in the queue, which begins with 1; None where none waits
+    """
+
     active: int
-    #: who waits for one
     queued: int
-    #: who held one and gave it back
     served: int
-    #: who found the queue full
     rejected: int
-    #: whose wait was too long
     timed_out: int
-    #: who went away while waiting
     cancelled: int
-    #: of a user's waiters the first one's place in the queue, which begins with 1; None where none waits
     position: int | None = None
 
 
@@ -7326,19 +7353,21 @@ def replay(path: str | os.PathLike[str]) -> Iterator[Chunk]:
 
 
 class Provider(NamedTuple):
-    """A row of PROVIDERS: the address of a provider, and its dialect"""
+    """A row of PROVIDERS: the address of a provider, and its dialect
+
+    key_variable: the environment variable of the key; "" where the provider takes no key
+    key_page: the page where users get a key
+    models: prefixes of the names of its models; empty where the provider serves any model
+    check_path: the path that ``check`` requests where the list of models needs no key; else ""
+    continuation: how the provider continues a partial answer: deepseek, mistral, vllm, anthropic, or "" where it cannot
+    """
 
     base_url: str
-    #: the environment variable of the key; "" where the provider takes no key
     key_variable: str
     dialect: str
-    #: the page where users get a key
     key_page: str = ""
-    #: prefixes of the names of its models; empty where the provider serves any model
     models: tuple[str, ...] = ()
-    #: the path that ``check`` requests where the list of models needs no key; else ""
     check_path: str = ""
-    #: how the provider continues a partial answer: deepseek, mistral, vllm, anthropic, or "" where it cannot
     continuation: str = ""
 
 
@@ -7493,42 +7522,45 @@ def _checked_url(base_url: str) -> str:
 
 
 class Health(NamedTuple):
-    """The result of ``Client.check``"""
+    """The result of ``Client.check``
+
+    status: ok, no_key, bad_key, http_error or unreachable
+    latency: seconds from the request to the response; None where no response came
+    models: the models that the provider lists for this key
+    error: what is wrong, and what to do; None where nothing is
+    """
 
     ok: bool
-    #: ok, no_key, bad_key, http_error or unreachable
     status: str
-    #: seconds from the request to the response; None where no response came
     latency: float | None = None
-    #: the models that the provider lists for this key
     models: tuple[str, ...] = ()
-    #: what is wrong, and what to do; None where nothing is
     error: str | None = None
 
 
 class StreamStats(NamedTuple):
-    """Measurements of a stream so far; times in seconds"""
+    """Measurements of a stream so far; times in seconds
 
-    #: from the start to the headers of the first response, and to the first text that is not empty
+    ttfb, ttft: from the start to the headers of the first response, and to the first text that is not empty
+    elapsed: from the start to the end, or to now
+    longest_gap: the longest wait for a chunk after the first one
+    chars: characters of text
+    tokens_per_second: output tokens by the provider, from the first piece of the answer to the end; None where unknown
+    attempts: requests sent
+    reconnects: connections after a loss
+    cached: whether the answer was read from a checkpoint
+    usage_by_attempt: the usage of each generation that was requested; None where the provider has not counted
+    """
+
     ttfb: float | None = None
     ttft: float | None = None
-    #: from the start to the end, or to now
     elapsed: float = 0.0
-    #: the longest wait for a chunk after the first one
     longest_gap: float = 0.0
     chunks: int = 0
-    #: characters of text
     chars: int = 0
-    #: output tokens a second, by the provider's count, from the first piece of the answer to the end; None
-    #: without a count, or where the answer came in one piece
     tokens_per_second: float | None = None
-    #: requests sent
     attempts: int = 0
-    #: connections after a loss
     reconnects: int = 0
-    #: whether the answer was read from a checkpoint
     cached: bool = False
-    #: the usage of each generation that was requested; None where the provider has not counted
     usage_by_attempt: tuple[Usage | None, ...] = ()
 
 
@@ -9088,40 +9120,44 @@ def _completed(answer: Stream) -> Completion:
 
 
 class Result(NamedTuple):
-    """The result of one request of a batch"""
+    """The result of one request of a batch
 
-    #: the id of the request, else its index, from 0
+    id: the id of the request, else its index, from 0
+    text: the answer, whole where there is no error
+    elapsed, ttft: seconds from the start of the request to its end, and to its first text
+    cached: whether the answer was read from its checkpoint
+    """
+
     id: Any
     index: int  # type: ignore[assignment]
-    #: the answer, whole where there is no error
     text: str = ""
     completion: Completion = Completion()
     usage: Usage | None = None
     cost: Decimal | None = None
-    #: seconds from the start of the request to its end, and to its first text
     elapsed: float = 0.0
     ttft: float | None = None
     attempts: int = 0
     error: Exception | None = None
-    #: whether the answer was read from its checkpoint
     cached: bool = False
 
 
 class BatchSummary(NamedTuple):
-    """The counts and times of a batch so far; None, shown as a dash, if nothing was measured"""
+    """The counts and times of a batch so far; None, shown as a dash, if nothing was measured
+
+    elapsed, rate: seconds since the first request was drawn, and requests a second
+    input_tokens, output_tokens, cost: of requests with a known usage or cost
+    ttft, duration: p50, p90 and p99 of the seconds to the first text, and to the end, of requests that succeeded
+    """
 
     total: int
     succeeded: int
     failed: int
     cached: int
-    #: seconds since the first request was drawn, and requests a second
     elapsed: float
     rate: float | None
-    #: of requests with a known usage or cost
     input_tokens: int
     output_tokens: int
     cost: Decimal | None
-    #: p50, p90 and p99 of the seconds to the first text, and to the end, of requests that succeeded
     ttft: tuple[float, float, float] | None
     duration: tuple[float, float, float] | None
 
@@ -12351,16 +12387,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     stdout, 130 Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parse, run = _COMMANDS.get(words[0] if words else "", (_parser, _stream_command))
+    name = words[0] if words and words[0] in _COMMANDS else ""
     if not _has_stdout():
         _complain("sheepsse: standard output is closed")
         return 1
-    parser = parse()
-    options = parser.parse_args(words[1:] if words and words[0] in _COMMANDS else words)
+    parser = _parser(name)
+    options = parser.parse_args(words[1:] if name else words)
     if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character must not end the answer
         sys.stdout.reconfigure(errors="replace")
+    run = _COMMANDS[name][0]
     try:
         return run(parser, options)
+    except SheepError as error:
+        _complain(f"sheepsse: {error}")
+        return 1
     except BrokenPipeError:
         # the reader, such as head(1), has read enough; Python would complain when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -12398,14 +12438,47 @@ def _complain(text: str) -> None:
     print(_without_controls(text), file=sys.stderr)
 
 
-def _stream_command(parser: Any, options: Any) -> int:
-    try:
-        names = [name.strip() for name in options.resume.split(",")]
-        options.resume = names if len(names) > 1 else options.resume
-        _strategies(options.resume)
-    except ValueError as error:
-        parser.error(str(error))
-    return _print_answer(_prompted(options), options)
+#: the commands by their first word, "" for a prompt: the function, the description, and what adds options to a parser
+_COMMANDS: dict[str, tuple[Callable[[Any, Any], int], str, Sequence[Callable[[Any], object]]]] = {}
+
+
+def _command(name: str, description: str, *options: Callable[[Any], object]) -> Callable[[_Run], _Run]:
+    """Enters a function in the table of commands"""
+
+    def enter(run: _Run) -> _Run:
+        _COMMANDS[name] = run, description, options
+        return run
+
+    return enter
+
+
+def _parser(name: str) -> Any:
+    import argparse
+
+    _, description, options = _COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"sheepsse {name}".rstrip(), description=description)
+    if not name:
+        parser.epilog = (
+            f"Commands: {', '.join(filter(None, sorted(_COMMANDS)))}; see sheepsse batch --help. The key is "
+            f"read from the provider's variable: {_key_variables()}"
+            ". Exit status: 0 whole, 1 failed, 2 wrong usage, 3 interrupted after partial text, 130 Ctrl-C."
+        )
+    for add_to in options:
+        add_to(parser)
+    return parser
+
+
+def _option(*names: str, **settings: Any) -> Callable[[Any], object]:
+    """A function that adds an option to a parser"""
+    return lambda parser: parser.add_argument(*names, **settings)
+
+
+def _provider_options(parser: Any) -> None:
+    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="default: the one whose key is set")
+    parser.add_argument("--base-url", metavar="URL", help="the URL of any other OpenAI-compatible server")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the key of --base-url")
+    key.add_argument("--no-key", action="store_true", help="for a server that needs no key")
 
 
 def _seconds(text: str) -> float:
@@ -12415,57 +12488,15 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _prompted(options: Any) -> list[dict[str, str]]:
-    """The messages of the command line"""
-    prompt = options.prompt
-    if prompt in (None, "-"):
-        if sys.stdin is None:
-            _parser().error("there is no prompt, and standard input is closed")
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            _parser().error(f"standard input is not {error.encoding}: {error}")
-    if not prompt.strip():
-        _parser().error("the prompt is empty")
-    system = [{"role": "system", "content": options.system}] if options.system else []
-    return [*system, {"role": "user", "content": prompt}]
+def _count_argument(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
-def _parser() -> Any:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="sheepsse",
-        description="Stream the answer of a language model to the terminal.",
-        epilog=f"Commands: {', '.join(_COMMANDS)}; see sheepsse batch --help. The key is "
-        + f"read from the provider's variable: {_key_variables()}"
-        + ". Exit status: 0 whole, 1 failed, 2 wrong usage, 3 interrupted after partial text, 130 Ctrl-C.",
-    )
-    add = parser.add_argument
-    add("prompt", nargs="?", help="the prompt; read from standard input if missing or -")
-    add("-m", "--model", required=True, help="the model, as the provider names it")
-    _add_provider(parser)
-    add("--system", metavar="TEXT", help="the system message")
-    add("--json", action="store_true", help="print one JSON object a line, with type and time")
-    add("--stats", action="store_true", help="print times and counts to standard error at the end")
-    add("--checkpoint", metavar="DIR", help="save the answer there, and resume it when run again")
-    add(
-        "--resume",
-        metavar="STRATEGIES",
-        default="auto",
-        help=f"how to resume a lost connection: auto, never, or some of {', '.join(_STRATEGIES)}, with commas",
-    )
-    add("--timeout", type=_seconds, metavar="SECONDS", help="the time limit for the whole call")
-    add("--version", action="version", version=f"sheepsse {__version__}")
-    return parser
-
-
-def _add_provider(parser: Any) -> None:
-    parser.add_argument("--provider", choices=sorted(PROVIDERS), help="default: the one whose key is set")
-    parser.add_argument("--base-url", metavar="URL", help="the URL of any other OpenAI-compatible server")
-    key = parser.add_mutually_exclusive_group()
-    key.add_argument("--key-variable", metavar="NAME", help="the environment variable that holds the key of --base-url")
-    key.add_argument("--no-key", action="store_true", help="for a server that needs no key")
+_MODEL_HELP = "the model, as the provider names it"
+_SYSTEM = _option("--system", metavar="TEXT", help="the system message")
 
 
 def _client_of_options(options: Any, **more: Any) -> Client:
@@ -12476,7 +12507,34 @@ def _client_of_options(options: Any, **more: Any) -> Client:
     return Client(options.provider, base_url=options.base_url, api_key=False if options.no_key else api_key, **more)
 
 
-def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
+@_command(
+    "",
+    "Stream the answer of a language model to the terminal.",
+    _option("prompt", nargs="?", help="the prompt; read from standard input if missing or -"),
+    _option("-m", "--model", required=True, help=_MODEL_HELP),
+    _provider_options,
+    _SYSTEM,
+    _option("--json", action="store_true", help="print one JSON object a line, with type and time"),
+    _option("--stats", action="store_true", help="print times and counts to standard error at the end"),
+    _option("--checkpoint", metavar="DIR", help="save the answer there, and resume it when run again"),
+    _option(
+        "--resume",
+        metavar="STRATEGIES",
+        default="auto",
+        help=f"how to resume a lost connection: auto, never, or some of {', '.join(_STRATEGIES)}, with commas",
+    ),
+    _option("--timeout", type=_seconds, metavar="SECONDS", help="the time limit for the whole call"),
+    _option("--version", action="version", version=f"sheepsse {__version__}"),
+)
+def _answer_prompt(parser: Any, options: Any) -> int:
+    try:
+        names = [name.strip() for name in options.resume.split(",")]
+        options.resume = names if len(names) > 1 else options.resume
+        _strategies(options.resume)
+    except ValueError as error:
+        parser.error(str(error))
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    messages.append({"role": "user", "content": _prompt(parser, options.prompt)})
     show = _JSONLines() if options.json else _PlainText()
     answer: Stream | None = None
     try:
@@ -12499,6 +12557,20 @@ def _print_answer(messages: list[dict[str, str]], options: Any) -> int:
     finally:
         if options.stats and answer is not None:
             _complain(_stats_line(answer))
+
+
+def _prompt(parser: Any, prompt: Any) -> Any:
+    """The prompt of the command line, or of standard input"""
+    if prompt in (None, "-"):
+        if sys.stdin is None:
+            parser.error("there is no prompt, and standard input is closed")
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            parser.error(f"standard input is not {error.encoding}: {error}")
+    if not prompt.strip():
+        parser.error("the prompt is empty")
+    return prompt
 
 
 class _PlainText:
@@ -12546,17 +12618,10 @@ class _JSONLines:
             self._print("finish", reason=chunk.finish_reason, finish=chunk.finish, index=chunk.index)
 
     def done(self, answer: Stream) -> None:
-        stats = answer.stats
-        by_attempt = list(map(_plain_usage, stats.usage_by_attempt))
-        shown = {**stats._asdict(), "usage_by_attempt": by_attempt}
-        self._print(
-            "done",
-            id=answer.id,
-            model=answer.model,
-            continuity=answer.continuity,
-            usage=_plain_usage(answer.usage),
-            stats=shown,
-        )
+        stats = answer.stats._asdict()
+        stats["usage_by_attempt"] = list(map(_plain_usage, answer.stats.usage_by_attempt))
+        shown = {"id": answer.id, "model": answer.model, "continuity": answer.continuity}
+        self._print("done", **shown, usage=_plain_usage(answer.usage), stats=stats)
 
     def error(self, error: SheepError) -> None:
         self._print("error", code=error.code, message=str(error), status=error.status, request_id=error.request_id)
@@ -12577,41 +12642,20 @@ def _stats_line(answer: Stream) -> str:
     return ", ".join(shown)
 
 
-def _command_parser(name: str, description: str) -> Any:
-    import argparse
-
-    return argparse.ArgumentParser(prog=f"sheepsse {name}", description=description)
-
-
-def _count_argument(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-# sheepsse batch
-
-
-def _batch_parser() -> Any:
-    parser = _command_parser(
-        "batch",
-        "Answer many requests, and append the answers to a file as JSON lines. A second run requests only the missing "
-        "and failed answers; of two lines with the same id, the later one counts. Each line of the input is a JSON "
-        "string, or an object with messages or prompt, perhaps an id (default: the number of the line, from 0), and "
-        "any options of the request. Exit status: 0 all are answered, 1 some failed, 130 Ctrl-C.",
-    )
-    add = parser.add_argument
-    add("input", metavar="IN.jsonl", help="the requests; - is standard input")
-    add("-o", "--output", metavar="OUT.jsonl", required=True, help="the file for the answers")
-    add("-m", "--model", help="the model of requests that name none")
-    add("-w", "--workers", type=_count_argument, default=5, help="requests at once (default: 5)")
-    add("--checkpoint", metavar="DIR", help="also save partial answers there, and resume them")
-    _add_provider(parser)
-    return parser
-
-
-def _batch_command(parser: Any, options: Any) -> int:
+@_command(
+    "batch",
+    "Answer many requests, and append the answers to a file as JSON lines. A second run requests only the missing "
+    "and failed answers; of two lines with the same id, the later one counts. Each line of the input is a JSON "
+    "string, or an object with messages or prompt, perhaps an id (default: the number of the line, from 0), and "
+    "any options of the request. Exit status: 0 all are answered, 1 some failed, 130 Ctrl-C.",
+    _option("input", metavar="IN.jsonl", help="the requests; - is standard input"),
+    _option("-o", "--output", metavar="OUT.jsonl", required=True, help="the file for the answers"),
+    _option("-m", "--model", help="the model of requests that name none"),
+    _option("-w", "--workers", type=_count_argument, default=5, help="requests at once (default: 5)"),
+    _option("--checkpoint", metavar="DIR", help="also save partial answers there, and resume them"),
+    _provider_options,
+)
+def _batch(parser: Any, options: Any) -> int:
     try:
         with contextlib.ExitStack() as stack:
             if options.input == "-" and sys.stdin is None:
@@ -12676,7 +12720,7 @@ _ANSWER = b'{"id":'
 
 
 class _Answers:
-    """A file of answers, one line of JSON each; it is only appended to, by one process at a time"""
+    """A file of answers, one line of JSON each; one process at a time appends to the file"""
 
     def __init__(self, path: str) -> None:
         file = _created_and_locked(path, shared=True)
@@ -12732,23 +12776,15 @@ class _Answers:
             _unlock(self._file)
 
 
-# sheepsse check
-
-
-def _check_parser() -> Any:
-    parser = _command_parser("check", "Check that a provider can be reached and accepts the key. Costs nothing.")
-    parser.add_argument("--timeout", type=_seconds, default=10, metavar="SECONDS", help="the time limit (default: 10)")
-    _add_provider(parser)
-    return parser
-
-
-def _check_command(parser: Any, options: Any) -> int:
-    try:
-        with _client_of_options(options) as client:
-            health = client.check(options.timeout)
-    except SheepError as error:
-        _complain(f"sheepsse: {error}")
-        return 1
+@_command(
+    "check",
+    "Check that a provider can be reached and accepts the key. Costs nothing.",
+    _option("--timeout", type=_seconds, default=10, metavar="SECONDS", help="the time limit (default: 10)"),
+    _provider_options,
+)
+def _check(parser: Any, options: Any) -> int:
+    with _client_of_options(options) as client:
+        health = client.check(options.timeout)
     print(health.status, end="")
     print("" if health.latency is None else f", answered in {health.latency:.2f} s", end="")
     print(f", {len(health.models)} models" if health.models else "")
@@ -12759,25 +12795,20 @@ def _check_command(parser: Any, options: Any) -> int:
     return 0 if health.ok else 1
 
 
-# sheepsse cost
-
-
-def _cost_parser() -> Any:
-    parser = _command_parser(
-        "cost", "Print the cost of a number of tokens: by --price, else in US dollars by the prices of genai-prices."
-    )
-    add = parser.add_argument
-    add("-m", "--model", help="the model, as the provider names it")
-    add("--provider", choices=sorted(PROVIDERS), help="the provider that sets the price")
-    add("--input", type=int, default=0, metavar="N", help="input tokens, including cached ones")
-    add("--output", type=int, default=0, metavar="N", help="output tokens, including reasoning")
-    add("--cached", type=int, default=0, metavar="N", help="input tokens read from the cache")
-    add("--price", nargs=2, metavar=("IN", "OUT"), help="prices of a million input and output tokens")
-    add("--cached-price", metavar="PRICE", help="the price of a million cached tokens")
-    return parser
-
-
-def _cost_command(parser: Any, options: Any) -> int:
+@_command(
+    "cost",
+    "Print the cost of a number of tokens: by --price, else in US dollars by the prices of genai-prices.",
+    _option("-m", "--model", help=_MODEL_HELP),
+    lambda parser: parser.add_argument(
+        "--provider", choices=sorted(PROVIDERS), help="the provider that sets the price"
+    ),
+    _option("--input", type=int, default=0, metavar="N", help="input tokens, including cached ones"),
+    _option("--output", type=int, default=0, metavar="N", help="output tokens, including reasoning"),
+    _option("--cached", type=int, default=0, metavar="N", help="input tokens read from the cache"),
+    _option("--price", nargs=2, metavar=("IN", "OUT"), help="prices of a million input and output tokens"),
+    _option("--cached-price", metavar="PRICE", help="the price of a million cached tokens"),
+)
+def _cost(parser: Any, options: Any) -> int:
     from decimal import DecimalException
 
     usage = Usage(options.input, options.output, options.input + options.output, options.cached)
@@ -12788,49 +12819,36 @@ def _cost_command(parser: Any, options: Any) -> int:
         parser.error("a price is a number")
     if spent is None:
         known = "no price is known" + (f" for {options.model}" if options.model else "")
-        _complain(f"sheepsse: {known}: pass --price, or a --model and --provider that genai-prices knows")
-        return 1
+        raise SheepError(f"{known}: pass --price, or a --model and --provider that genai-prices knows")
     print(f"{spent.normalize():f}")
     return 0
 
 
-# sheepsse bench
-
-
-def _bench_parser() -> Any:
-    parser = _command_parser(
-        "bench",
-        "Measure a provider: send one prompt many times, and print the time to the first text, the time to the end, "
-        "and tokens a second. Each request is billed.",
-    )
-    add = parser.add_argument
-    add("prompt", nargs="?", default="Count from 1 to 50.", help="(default: Count from 1 to 50.)")
-    add("-m", "--model", required=True, help="the model, as the provider names it")
-    add("-n", "--requests", type=_count_argument, default=10, help="the number of requests (default: 10)")
-    add("-c", "--concurrency", type=_count_argument, default=2, help="requests at once (default: 2)")
-    add("--plot", metavar="FILE", help="draw the times into this file (.png, .svg or .pdf; needs matplotlib)")
-    _add_provider(parser)
-    return parser
-
-
-def _bench_command(parser: Any, options: Any) -> int:
+@_command(
+    "bench",
+    "Measure a provider: send one prompt many times, and print the time to the first text, the time to the end, "
+    "and tokens a second. Each request is billed.",
+    _option("prompt", nargs="?", default="Count from 1 to 50.", help="(default: Count from 1 to 50.)"),
+    _option("-m", "--model", required=True, help=_MODEL_HELP),
+    _option("-n", "--requests", type=_count_argument, default=10, help="the number of requests (default: 10)"),
+    _option("-c", "--concurrency", type=_count_argument, default=2, help="requests at once (default: 2)"),
+    _option("--plot", metavar="FILE", help="draw the times into this file (.png, .svg or .pdf; needs matplotlib)"),
+    _provider_options,
+)
+def _bench(parser: Any, options: Any) -> int:
     if options.plot:
         try:
             import matplotlib.figure  # type: ignore[import-not-found,unused-ignore]  # an extra
         except ImportError as error:
             parser.error(f"--plot needs matplotlib: {error}")
-    try:
-        with _client_of_options(options, model=options.model, retry=0) as client:
-            prompts = [options.prompt] * options.requests
-            results = batch(prompts, client=client, workers=options.concurrency, progress=_shown_progress())
-            came = list(results)
-    except SheepError as error:
-        _complain(f"sheepsse: {error}")
-        return 1
-    good = [result for result in came if result.error is None]
-    for error_text, count in collections.Counter(str(result.error) for result in came if result.error).items():
+    with _client_of_options(options, model=options.model, retry=0) as client:
+        prompts = [options.prompt] * options.requests
+        answers = batch(prompts, client=client, workers=options.concurrency, progress=_shown_progress())
+        results = list(answers)
+    good = [result for result in results if result.error is None]
+    for error_text, count in collections.Counter(str(result.error) for result in results if result.error).items():
         _complain(f"sheepsse: {count} failed: {error_text}")
-    print(_bench_table(good, results.summary))
+    print(_bench_table(good, answers.summary))
     if options.plot and good:
         times = [sorted(filter(None, (result.ttft for result in good))), sorted(result.elapsed for result in good)]
         figure = matplotlib.figure.Figure()
@@ -12842,7 +12860,7 @@ def _bench_command(parser: Any, options: Any) -> int:
         )
         axes.legend()
         figure.savefig(options.plot)
-    return 1 if len(good) < len(came) else 0
+    return 1 if len(good) < len(results) else 0
 
 
 def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
@@ -12863,39 +12881,34 @@ def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
     return "\n".join(lines)
 
 
-def _serve_parser() -> Any:
-    parser = _command_parser("serve", "Serve a chat page, which loses nothing when its connection is lost.")
-    add = parser.add_argument
-    add("-m", "--model", help="the model, as the provider names it")
-    _add_provider(parser)
-    add("--system", metavar="TEXT", help="the system message")
-    add("--journal", metavar="DIR", help="the folder for answers (default: a temporary one)")
-    add("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, only this machine)")
-    add("--port", type=int, default=8000, help="the port; 0 for any free one (default: %(default)s)")
-    return parser
-
-
-def _serve_command(parser: Any, options: Any) -> int:
+@_command(
+    "serve",
+    "Serve a chat page, which loses nothing when its connection is lost.",
+    _option("-m", "--model", help=_MODEL_HELP),
+    _provider_options,
+    _SYSTEM,
+    _option("--journal", metavar="DIR", help="the folder for answers (default: a temporary one)"),
+    _option("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, only this machine)"),
+    _option("--port", type=int, default=8000, help="the port; 0 for any free one (default: %(default)s)"),
+)
+def _serve(parser: Any, options: Any) -> int:
     import tempfile
 
     with contextlib.ExitStack() as stack:
         try:
             client = stack.enter_context(_serving_client(parser, options, stack))
             folder = options.journal or stack.enter_context(tempfile.TemporaryDirectory())
-            hosts = _own_hosts(options.host)
             app = wsgi_app(
                 client,
-                authorize=lambda environ: _user_of_page(environ, hosts),
+                authorize=lambda environ: _user_of_page(environ, options.host),
                 journal=folder,
                 system=options.system,
             )
             server = stack.enter_context(_page_server(options.host, options.port, app))
-        except SheepError as error:
-            _complain(f"sheepsse: {error}")
-            return 1
+        except SheepError:
+            raise
         except (OSError, OverflowError) as error:
-            _complain(f"sheepsse: {options.host}:{options.port} cannot be served: {error}")
-            return 1
+            raise SheepError(f"{options.host}:{options.port} cannot be served: {error}") from error
         print(f"http://{options.host}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
         with _ended_by_sigterm(server):
             server.serve_forever()
@@ -12933,19 +12946,14 @@ def _local_provider(path: str) -> Any:
     return made
 
 
-def _user_of_page(environ: Mapping[str, Any], hosts: Container[str] | None) -> str | None:
-    """One user for all who reach the server by one of its names; else None"""
-    return "anybody" if hosts is None or _host_name(environ.get("HTTP_HOST", "")) in hosts else None
+def _user_of_page(environ: Mapping[str, Any], host: str) -> str | None:
+    """One user for all requests that the server accepts; else None
 
-
-def _own_hosts(host: str) -> set[str] | None:
-    """The allowed Host headers, against pages whose own name leads here (DNS rebinding); None allows all"""
-    return {host, "localhost", "127.0.0.1", "::1"} if host in ("localhost", "127.0.0.1", "::1") else None
-
-
-def _host_name(host: str) -> str:
-    """The host of a Host header, without the port"""
-    return re.sub(r":[0-9]*$", "", host).strip("[]").lower()
+    A server for this machine accepts only its own names, against pages whose names lead here (DNS rebinding).
+    """
+    own = ("localhost", "127.0.0.1", "::1")
+    name = re.sub(r":[0-9]*$", "", environ.get("HTTP_HOST", "")).strip("[]").lower()  # without the port
+    return "anybody" if host not in own or name in own else None
 
 
 def _page_server(host: str, port: int, app: Callable[..., Iterable[bytes]]) -> Any:
@@ -13005,16 +13013,6 @@ def _ended_by_sigterm(server: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-#: the commands by their first word: the parser, and the function
-_COMMANDS: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], int]]] = {
-    "batch": (_batch_parser, _batch_command),
-    "bench": (_bench_parser, _bench_command),
-    "check": (_check_parser, _check_command),
-    "cost": (_cost_parser, _cost_command),
-    "serve": (_serve_parser, _serve_command),
-}
 
 
 if __name__ == "__main__":

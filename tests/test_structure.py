@@ -136,6 +136,22 @@ def test_every_public_name_is_there_and_documented():
     assert public == set(sheepsse.__all__)
 
 
+def test_fields_are_documented_by_their_type_and_their_line():
+    assert sheepsse.Chunk.finish_reason.__doc__ == (
+        "str | None: why this choice ended, in the vendor's word; None before the end"
+    )
+    assert sheepsse.Chunk.text.__doc__ == "str"
+    assert sheepsse.Chunk.model.__doc__ == "str: the id and the model of the answer, where the event names them"
+    for name in sheepsse.__all__:
+        value = getattr(sheepsse, name)
+        if hasattr(value, "_fields"):
+            listed = re.findall(r"^ *([a-z_, ]+): ", value.__doc__, re.MULTILINE)
+            assert listed, name
+            assert {field for line in listed for field in line.split(", ")} <= set(value._fields), name
+            for field in value._fields:
+                assert getattr(value, field).__doc__.startswith(value.__annotations__[field]), f"{name}.{field}"
+
+
 def test_public_methods_are_documented():
     for name in sheepsse.__all__:
         value = getattr(sheepsse, name)
