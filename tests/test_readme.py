@@ -1,6 +1,10 @@
 """The README's examples do what it says"""
 
+import json
 import re
+import runpy
+import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +48,40 @@ def test_a_dialect_of_ones_own_takes_a_screenful_and_works(server, monkeypatch):
     assert server.requests[0].path == "/say"
     assert server.requests[0].json == {"say": "Good day?", "voice": "deep", "pitch": 3}
     assert server.requests[0].headers["Authorization"] == "Bearer k-12345"
+
+
+def test_the_example_of_a_dialect_uses_public_names_alone_and_works(monkeypatch):
+    script = ROOT / "examples" / "own_dialect.py"
+    assert not re.search(r"sheepsse\._|self\._|cls\._", script.read_text(encoding="utf-8"))
+    done = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, cwd=str(ROOT), timeout=60)
+    assert done.stdout.decode() == "You said: Good day, how are you? \nCOMPLETE, 7 tokens\n"
+    monkeypatch.setattr(sheepsse, "DIALECTS", dict(sheepsse.DIALECTS))
+    names = runpy.run_path(str(script))
+    events = [
+        ("message-start", {"id": "answer-1"}),
+        ("message-start", {"delta": {"message": {"tool_plan": "I will look it up"}}}),
+        ("tool-call-start", call("call-1", "weather", "")),
+        ("tool-call-delta", {"delta": {"message": {"tool_calls": {"function": {"arguments": '{"city": '}}}}}),
+        ("tool-call-delta", {"delta": {"message": {"tool_calls": {"function": {"arguments": '"Hanoi"}'}}}}}),
+        ("message-end", {"delta": {"finish_reason": "TOOL_CALL"}}),
+    ]
+    read = [sheepsse.ServerSentEvent(kind, json.dumps({"type": kind, "index": 0, **fields})) for kind, fields in events]
+    chunks = list(sheepsse.iter_chunks(read, names["Cohere"]))
+    answer = sheepsse.collect(chunks)
+    assert (answer.id, answer.reasoning, chunks[-1].finish) == ("answer-1", "I will look it up", "tool_calls")
+    assert [(made.id, made.name, made.parsed) for made in answer.tool_calls] == [
+        ("call-1", "weather", {"city": "Hanoi"})
+    ]
+    read[-1] = sheepsse.ServerSentEvent(
+        "message-end", json.dumps({"type": "message-end", "delta": {"finish_reason": "ERROR"}})
+    )
+    with pytest.raises(sheepsse.StreamError, match="error") as caught:
+        list(sheepsse.iter_chunks(read, names["Cohere"]))
+    assert caught.value.partial.tool_calls
+
+
+def call(id, name, arguments):
+    return {"delta": {"message": {"tool_calls": {"id": id, "function": {"name": name, "arguments": arguments}}}}}
 
 
 @pytest.mark.parametrize("dialect", sheepsse.DIALECTS)
