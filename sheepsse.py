@@ -158,11 +158,12 @@ class _OldReader:
         self._read = 0
 
     def __call__(self) -> bytes:
-        while True:
+        data = self._read1()
+        decoded: bytes = self._raw._decode(data, True, not data)
+        while data and not decoded:  # a part of a compressed block may decode to nothing
             data = self._read1()
-            decoded: bytes = self._raw._decode(data, True, not data)
-            if decoded or not data:  # a part of a compressed block may decode to nothing
-                return decoded
+            decoded = self._raw._decode(data, True, not data)
+        return decoded
 
     def _read1(self) -> bytes:
         raw = self._raw
