@@ -7719,6 +7719,7 @@ class _Sender:
         self.where = _public_url(self.ask.url)
         self.origin = _split_url(self.ask.url).netloc.rpartition("@")[2]
         self.response: requests.Response | None = None
+        self._shown: requests.Response | None = None  # the last response that was freed of the key
         given_id = next((value for name, value in options.headers.items() if name.lower() == "x-request-id"), None)
         #: the X-Request-ID that is sent; the provider's id, where there is one
         self.own_request_id = self.request_id = given_id or _new_request_id()
@@ -7828,7 +7829,7 @@ class _Sender:
             body = _error_body(response, wire)
         finally:
             response.close()
-        self._secrets.hide_response(response)
+        self.shown_response()
         # so that .text and .json() of the response of the error work, though the response is closed
         response._content = self._secrets.hide_bytes(body)
         response._content_consumed = True
@@ -7882,8 +7883,9 @@ class _Sender:
 
     def shown_response(self) -> requests.Response | None:
         """The response in use, from now on without the key; nobody else sees a response"""
-        if self.response is not None:
+        if self.response is not None and self.response is not self._shown:
             self._secrets.hide_response(self.response)
+            self._shown = self.response
         return self.response
 
     def cancel_job(self, id: str) -> None:

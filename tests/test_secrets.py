@@ -520,6 +520,7 @@ def test_the_request_of_a_streams_response_shows_no_key(server, asking):
     stream = asking().stream("Good day?")
     list(stream)
     assert stream.response.request.headers["Authorization"] == "[hidden]"
+    assert stream.response.request is stream.response.request
 
 
 def test_the_request_id_of_a_stream_shows_no_key(server, asking):
