@@ -1828,15 +1828,18 @@ class _OpenAI(Dialect):
 
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
-        sent = list(map(cls._message, _identified(messages)))
+        sent = list(map(cls._message, _turns(messages, cls.name)))
         return {"model": model, "messages": sent, "stream": stream, **params}
 
-    @classmethod
-    def _message(cls, message: Any) -> Any:
-        if not isinstance(message, Mapping) or "vendor" not in message:
-            return message
-        plain = {name: value for name, value in message.items() if name != "vendor"}
-        return {**plain, **(_kept(message, cls.name) or {})}
+    @staticmethod
+    def _message(turn: _Turn) -> dict[str, Any]:
+        message = {name: value for name, value in turn.message.items() if name != "vendor"}
+        if turn.calls:
+            pairs = zip(message["tool_calls"], turn.calls)
+            message["tool_calls"] = [{**call, "id": identified.id} for call, identified in pairs]
+        if turn.answered is not None:
+            message["tool_call_id"] = turn.answered.id
+        return {**message, **(turn.kept or {})}
 
     @classmethod
     def optional(cls, stream: bool) -> dict[str, Any]:
@@ -2346,31 +2349,91 @@ def _money(value: Any) -> Decimal | None:
 # Requests in the shape of other vendors, from OpenAI's messages, tools and options
 
 
-def _kept(message: Mapping[str, Any], dialect: str) -> Any:
-    """The parts that an answer of the same dialect kept to be sent back, or None"""
-    return _dict(message.get("vendor")).get(dialect)
+def _calls_of(message: Mapping[str, Any]) -> list[ToolCall]:
+    """The tool calls in a message of OpenAI's shape"""
+    calls = []
+    for index, call in enumerate(_list(message.get("tool_calls"))):
+        if not isinstance(call, Mapping):
+            raise InvalidRequestError(f"a tool call is a dict with an id and a function, got {type(call).__name__}")
+        function = _function_of(call) or {}
+        arguments = _arguments_text(function.get("arguments"))
+        calls.append(ToolCall(index, _text(call.get("id")), _text(function.get("name")), arguments))
+    return calls
 
 
-def _checked_messages(messages: Sequence[Any]) -> list[Mapping[str, Any]]:
-    for message in messages:
+class _Turn:
+    """A message in the normal form, which each dialect renders"""
+
+    def __init__(self, message: Any, dialect: str, calls_of: Callable[[Mapping[str, Any]], list[ToolCall]]) -> None:
         if not isinstance(message, Mapping):
             raise InvalidRequestError(f"a message is a dict with a role and a content, got {type(message).__name__}")
-    return list(messages)
+        #: as passed by the caller
+        self.message = message
+        self.role = message.get("role")
+        self.content = message.get("content")
+        #: the tool calls of an answer
+        self.calls = calls_of(message)
+        #: what an answer of the same dialect kept to be sent back, or None
+        self.kept = _dict(message.get("vendor")).get(dialect)
+        #: the tool call that this result answers; None for a message that is no result
+        self.answered: ToolCall | None = None
+
+    @property
+    def is_system(self) -> bool:
+        return self.role in ("system", "developer")
+
+    @property
+    def is_result(self) -> bool:
+        return self.role == "tool"
+
+    @property
+    def parts(self) -> list[Any]:
+        return _content_parts(self.content)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this is an answer with nothing in it, which vendors refuse"""
+        members = map(self.message.get, ("content", "parts", "tool_calls", "vendor"))
+        return self.role == "assistant" and not any(members)
 
 
-def _is_system(message: Mapping[str, Any]) -> bool:
-    return message.get("role") in ("system", "developer")
+def _turns(
+    messages: Sequence[Any],
+    dialect: str,
+    calls_of: Callable[[Mapping[str, Any]], list[ToolCall]] = _calls_of,
+    needs_ids: bool = True,
+) -> list[_Turn]:
+    """A conversation in the normal form
+
+    A result answers the open call with its id, else with its name, else the first one. With ``needs_ids`` each call has
+    an id: Gemini gives none, and other vendors need one.
+    """
+    turns = [_Turn(message, dialect, calls_of) for message in messages]
+    open_calls: list[ToolCall] = []
+    for position, turn in enumerate(turns):
+        if needs_ids:
+            turn.calls = [call._replace(id=call.id or f"call_{position}_{call.index}") for call in turn.calls]
+        open_calls += turn.calls
+        if turn.is_result:
+            id, name = _text(turn.message.get("tool_call_id")), _text(turn.message.get("name"))
+            fitting = (call for call in open_calls if (call.id == id if id else not name or call.name == name))
+            turn.answered = next(fitting, ToolCall(id=id, name=name))
+            open_calls = [call for call in open_calls if call is not turn.answered]
+    return turns
 
 
-def _is_result(message: Mapping[str, Any]) -> bool:
-    return message.get("role") == "tool"
-
-
-def _is_empty(message: Mapping[str, Any]) -> bool:
-    """Whether a message is an empty answer, which vendors refuse"""
-    if message.get("role") != "assistant":
-        return False
-    return not (message.get("content") or message.get("parts") or message.get("tool_calls") or message.get("vendor"))
+def _with_results_together(
+    turns: Iterable[_Turn], member: str, message: Callable[[_Turn], Any], result: Callable[[_Turn], Any]
+) -> list[Any]:
+    """The messages for these turns; all results for one answer belong into one message, as its ``member``"""
+    messages: list[Any] = []
+    rest = (turn for turn in turns if not turn.is_system)
+    for are_results, group in itertools.groupby(rest, lambda turn: turn.is_result):
+        if are_results:
+            messages.append({"role": "user", member: list(map(result, group))})
+        else:
+            messages += [message(turn) for turn in group if not turn.is_empty]
+    return messages
 
 
 def _content_parts(content: Any) -> list[Any]:
@@ -2426,18 +2489,6 @@ def _function_of(tool: Any) -> dict[str, Any] | None:
     return dict(function) if isinstance(function, Mapping) else None
 
 
-def _calls_of(message: Mapping[str, Any]) -> list[ToolCall]:
-    """The tool calls in a message of OpenAI's shape"""
-    calls = []
-    for index, call in enumerate(_list(message.get("tool_calls"))):
-        if not isinstance(call, Mapping):
-            raise InvalidRequestError(f"a tool call is a dict with an id and a function, got {type(call).__name__}")
-        function = _function_of(call) or {}
-        arguments = _arguments_text(function.get("arguments"))
-        calls.append(ToolCall(index, _text(call.get("id")), _text(function.get("name")), arguments))
-    return calls
-
-
 def _arguments_of(call: ToolCall) -> Any:
     """The arguments of a call that is sent back, as an object"""
     try:
@@ -2449,48 +2500,14 @@ def _arguments_of(call: ToolCall) -> Any:
     return arguments
 
 
-class _OpenCalls:
-    """The open tool calls of a conversation; a result belongs to a call by id, else by name, else in order"""
-
-    def __init__(self) -> None:
-        self._open: list[ToolCall] = []
-
-    def note(self, calls: Iterable[ToolCall]) -> None:
-        self._open.extend(calls)
-
-    def answered(self, result: Mapping[str, Any]) -> ToolCall:
-        """The call that a message of the role ``tool`` answers"""
-        id, name = _text(result.get("tool_call_id")), _text(result.get("name"))
-        for call in self._open:
-            if (call.id == id) if id else (not name or call.name == name):
-                self._open.remove(call)
-                return call
-        return ToolCall(id=id, name=name)
-
-
-def _identified(messages: Sequence[Any]) -> list[Any]:
-    """The same messages, with an id for each tool call: Gemini gives none, and other vendors need one"""
-    calls = _OpenCalls()
-    identified = []
-    for position, message in enumerate(messages):
-        if isinstance(message, Mapping):
-            made = _calls_of(message)
-            if not all(call.id for call in made):
-                made = [call._replace(id=call.id or f"call_{position}_{call.index}") for call in made]
-                sent = [{**part, "id": call.id} for part, call in zip(message["tool_calls"], made)]
-                message = {**message, "tool_calls": sent}
-            calls.note(made)
-            if _is_result(message):
-                call = calls.answered(message)
-                message = message if message.get("tool_call_id") else {**message, "tool_call_id": call.id}
-        identified.append(message)
-    return identified
-
-
 def _moved(params: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Takes options out of ``params`` and returns them by the names of the vendor; None counts as not passed"""
-    given = {other: params.pop(name) for name, other in names.items() if name in params}
-    return {name: value for name, value in given.items() if value is not None}
+    given = {other: (name, params.pop(name)) for name, other in names.items() if name in params}
+    return {
+        other: _as_list(value) if name in ("stop", "stopSequences") else value
+        for other, (name, value) in given.items()
+        if value is not None
+    }
 
 
 def _same(names: str) -> dict[str, str]:
@@ -2501,6 +2518,14 @@ def _same(names: str) -> dict[str, str]:
 def _either(params: dict[str, Any], *names: str) -> Any:
     """Takes an option out of ``params`` that has several names, None where it has none of them"""
     return next((value for value in [params.pop(name, None) for name in names] if value is not None), None)
+
+
+def _tool_choice(choice: Any, word: Callable[[str], Any], name: Callable[[Any], Any]) -> Any:
+    """A tool choice as ``word`` writes "auto", "none" and "required", and ``name`` a function; others as they are"""
+    if isinstance(choice, str):
+        return word(choice)
+    function = _function_of(choice)
+    return choice if function is None else name(function.get("name"))
 
 
 def _as_list(value: Any, single: type | tuple[type, ...] = str) -> Any:
@@ -2530,7 +2555,11 @@ class _Anthropic(Dialect):
     }
     #: max_tokens is required; this default suits all models since 3.5
     _MAX_TOKENS = 8192
-    _TOOL_CHOICES = {"auto": "auto", "none": "none", "required": "any"}
+    _OPTIONS: Mapping[str, str] = {
+        "max_completion_tokens": "max_tokens",
+        "max_tokens": "max_tokens",
+        "stop": "stop_sequences",
+    }
 
     def __init__(self, choices: int = 1) -> None:
         super().__init__(choices)
@@ -2560,27 +2589,29 @@ class _Anthropic(Dialect):
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
         params = dict(params)
-        given = _identified(_checked_messages(messages))
-        system = [params.pop("system", None), *(message.get("content") for message in given if _is_system(message))]
-        limit = _moved(params, {"max_completion_tokens": "max_tokens", "max_tokens": "max_tokens"})
+        turns = _turns(messages, cls.name)
+        system = [params.pop("system", None), *(turn.content for turn in turns if turn.is_system)]
+        options = _moved(params, cls._OPTIONS)
         thinking = _count(_dict(params.get("thinking")).get("budget_tokens"))
         body = {
             "model": model,
-            "max_tokens": cls._MAX_TOKENS + thinking,
-            **limit,
-            "messages": cls._turns([message for message in given if not _is_system(message)]),
+            "max_tokens": options.pop("max_tokens", cls._MAX_TOKENS + thinking),
+            "messages": _with_results_together(turns, "content", cls._message_of, cls._result),
             "stream": stream,
-            **_moved(params, {"stop": "stop_sequences"}),
+            **options,
         }
         if any(system):
             body["system"] = cls._system([content for content in system if content])
-        if "stop_sequences" in body:
-            body["stop_sequences"] = _as_list(body["stop_sequences"])
         tools, choice = params.pop("tools", None), params.pop("tool_choice", None)
         if tools:
             body["tools"] = list(map(cls._tool, tools))
         if tools and choice is not None:
-            body["tool_choice"] = cls._tool_choice(choice)
+            words = {"required": "any"}
+            body["tool_choice"] = _tool_choice(
+                choice,
+                word=lambda word: {"type": words.get(word, word)},
+                name=lambda name: {"type": "tool", "name": name},
+            )
         return {**body, **params}
 
     @staticmethod
@@ -2590,32 +2621,19 @@ class _Anthropic(Dialect):
         return [part for content in contents for part in _content_parts(content)]
 
     @classmethod
-    def _turns(cls, messages: list[Mapping[str, Any]]) -> list[Any]:
-        turns: list[Any] = []
-        for are_results, group in itertools.groupby(messages, _is_result):
-            if are_results:  # all results for one answer belong into one message
-                turns.append({"role": "user", "content": list(map(cls._result, group))})
-            else:
-                turns.extend(cls._turn(message) for message in group if not _is_empty(message))
-        return turns
+    def _result(cls, turn: _Turn) -> dict[str, Any]:
+        content = [cls._part(part) for part in turn.content] if isinstance(turn.content, list) else turn.content or ""
+        return {"type": "tool_result", "tool_use_id": turn.answered and turn.answered.id, "content": content}
 
     @classmethod
-    def _result(cls, message: Mapping[str, Any]) -> dict[str, Any]:
-        content = message.get("content")
-        content = [cls._part(part) for part in content] if isinstance(content, list) else content or ""
-        return {"type": "tool_result", "tool_use_id": message.get("tool_call_id"), "content": content}
-
-    @classmethod
-    def _turn(cls, message: Mapping[str, Any]) -> dict[str, Any]:
-        content = message.get("content")
-        calls = _calls_of(message)
-        kept = _kept(message, cls.name)
-        if kept is None and (calls or not isinstance(content, str)):
-            kept = [cls._part(part) for part in _content_parts(content)]
-            kept += [
-                {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments_of(call)} for call in calls
+    def _message_of(cls, turn: _Turn) -> dict[str, Any]:
+        content = turn.content if turn.kept is None else turn.kept
+        if turn.kept is None and (turn.calls or not isinstance(content, str)):
+            content = [cls._part(part) for part in turn.parts] + [
+                {"type": "tool_use", "id": call.id, "name": call.name, "input": _arguments_of(call)}
+                for call in turn.calls
             ]
-        return {"role": message.get("role"), "content": content if kept is None else kept}
+        return {"role": turn.role, "content": content}
 
     @staticmethod
     def _part(part: Any) -> Any:
@@ -2633,13 +2651,6 @@ class _Anthropic(Dialect):
             return tool
         schema = function.pop("parameters", None) or {"type": "object", "properties": {}}
         return {**function, "input_schema": schema}
-
-    @classmethod
-    def _tool_choice(cls, choice: Any) -> Any:
-        if isinstance(choice, str):
-            return {"type": cls._TOOL_CHOICES.get(choice, choice)}
-        function = _function_of(choice)
-        return choice if function is None else {"type": "tool", "name": function.get("name")}
 
     # Answers
 
@@ -2824,7 +2835,6 @@ class _Gemini(Dialect):
 
     #: Gemini 3 wants its signature at the first call of an answer; this marks a call of another model
     _FOREIGN = "skip_thought_signature_validator"
-    _TOOL_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
     #: the names in generationConfig for options of OpenAI and Ollama
     _CONFIG_NAMES: Mapping[str, str] = {
         "max_tokens": "maxOutputTokens",
@@ -2866,23 +2876,16 @@ class _Gemini(Dialect):
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
         params = dict(params)
-        given = _checked_messages(messages)
+        turns = _turns(messages, cls.name, cls._calls_of, needs_ids=False)
         config = _moved(params, cls._CONFIG_NAMES)
-        if "stopSequences" in config:
-            config["stopSequences"] = _as_list(config["stopSequences"])
         config.update(_dict(_either(params, "generationConfig", "generation_config")))
-        system = [
-            part
-            for message in given
-            if _is_system(message)
-            for part in map(cls._part, _content_parts(message.get("content")))
-        ]
+        system = [cls._part(part) for turn in turns if turn.is_system for part in turn.parts]
         own = _either(params, "systemInstruction", "system_instruction")
         own = own.get("parts") if isinstance(own, Mapping) else own
         system = [
             *({"text": part} if isinstance(part, str) else part for part in _as_list(own, (str, Mapping)))
         ] + system
-        body: dict[str, Any] = {"contents": cls._contents([message for message in given if not _is_system(message)])}
+        body: dict[str, Any] = {"contents": _with_results_together(turns, "parts", cls._content, cls._result)}
         if system:
             body["systemInstruction"] = {"parts": system}
         if config:
@@ -2891,7 +2894,13 @@ class _Gemini(Dialect):
         if tools:
             body["tools"] = cls._tools(tools)
         if tools and choice is not None:
-            body["toolConfig"] = {"functionCallingConfig": cls._tool_choice(choice)}
+            modes = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
+            config = _tool_choice(
+                choice,
+                word=lambda word: {"mode": modes.get(word, word)},
+                name=lambda name: {"mode": "ANY", "allowedFunctionNames": [name]},
+            )
+            body["toolConfig"] = {"functionCallingConfig": config}
         return {**body, **params}
 
     @classmethod
@@ -2899,29 +2908,24 @@ class _Gemini(Dialect):
         return _count(_dict(body.get("generationConfig")).get("candidateCount"), 1)
 
     @classmethod
-    def _contents(cls, messages: list[Mapping[str, Any]]) -> list[Any]:
-        contents: list[Any] = []
-        calls = _OpenCalls()
-        for are_results, group in itertools.groupby(messages, _is_result):
-            if are_results:  # all results for one answer belong into one content
-                parts = [cls._result(message, calls.answered(message)) for message in group]
-                contents.append({"role": "user", "parts": parts})
-                continue
-            for message in itertools.filterfalse(_is_empty, group):
-                calls.note(_calls_of(message) or cls._calls_in(_list(message.get("parts"))))
-                contents.append(message if "parts" in message else cls._content(message))
-        return contents
-
-    @classmethod
-    def _content(cls, message: Mapping[str, Any]) -> dict[str, Any]:
-        role = "model" if message.get("role") == "assistant" else message.get("role")
-        parts = _kept(message, cls.name)
+    def _content(cls, turn: _Turn) -> Any:
+        if "parts" in turn.message:  # in Gemini's own shape
+            return turn.message
+        parts = turn.kept
         if parts is None:
-            calls = list(map(cls._call, _calls_of(message)))
+            calls = list(map(cls._call, turn.calls))
             if calls:
                 calls[0]["thoughtSignature"] = cls._FOREIGN
-            parts = [*map(cls._part, _content_parts(message.get("content"))), *calls]
-        return {"role": role, "parts": parts}
+            parts = [*map(cls._part, turn.parts), *calls]
+        return {"role": "model" if turn.role == "assistant" else turn.role, "parts": parts}
+
+    @staticmethod
+    def _calls_of(message: Mapping[str, Any]) -> list[ToolCall]:
+        """The calls in a message of OpenAI's shape, or in a content of Gemini's own"""
+        own = [_dict(_dict(part).get("functionCall")) for part in _list(message.get("parts"))]
+        return _calls_of(message) or [
+            ToolCall(id=_text(call.get("id")), name=_text(call.get("name"))) for call in own if call
+        ]
 
     @staticmethod
     def _call(call: ToolCall) -> dict[str, Any]:
@@ -2929,14 +2933,8 @@ class _Gemini(Dialect):
         return {"functionCall": {**id, "name": call.name, "args": _arguments_of(call)}}
 
     @staticmethod
-    def _calls_in(parts: list[Any]) -> Iterator[ToolCall]:
-        for call in (_dict(_dict(part).get("functionCall")) for part in parts):
-            if call:
-                yield ToolCall(id=_text(call.get("id")), name=_text(call.get("name")))
-
-    @staticmethod
-    def _result(message: Mapping[str, Any], call: ToolCall) -> dict[str, Any]:
-        content = _result_text(message.get("content"))
+    def _result(turn: _Turn) -> dict[str, Any]:
+        content, call = _result_text(turn.content), turn.answered or ToolCall()
         parsed = _json(content)
         response = {"name": call.name, "response": parsed if isinstance(parsed, dict) else {"result": content}}
         return {"functionResponse": {**({"id": call.id} if call.id else {}), **response}}
@@ -2962,13 +2960,6 @@ class _Gemini(Dialect):
             function.pop("strict", None)
             declared.append({**function, "parametersJsonSchema": schema} if schema else function)
         return ([{"functionDeclarations": declared}] if declared else []) + others
-
-    @classmethod
-    def _tool_choice(cls, choice: Any) -> Any:
-        if isinstance(choice, str):
-            return {"mode": cls._TOOL_MODES.get(choice, choice)}
-        function = _function_of(choice)
-        return choice if function is None else {"mode": "ANY", "allowedFunctionNames": [function.get("name")]}
 
     # Answers
 
@@ -3099,8 +3090,8 @@ class _Responses(Dialect):
             # the service cannot find reasoning that is neither stored nor sent along
             "input": [
                 item
-                for message in _identified(_checked_messages(messages))
-                for item in cls._input(message)
+                for turn in _turns(messages, cls.name)
+                for item in cls._items_of(turn)
                 if is_stored or item.get("type") != "reasoning" or item.get("encrypted_content")
             ],
             "stream": stream,
@@ -3110,29 +3101,27 @@ class _Responses(Dialect):
         if tools:
             body["tools"] = list(map(cls._tool, tools))
         if tools and choice is not None:
-            function = _function_of(choice)
-            named = function and {"type": "function", "name": function.get("name")}
-            body["tool_choice"] = named or choice
+            body["tool_choice"] = _tool_choice(
+                choice, word=lambda word: word, name=lambda name: {"type": "function", "name": name}
+            )
         return {**body, **params}
 
     @classmethod
-    def _input(cls, message: Mapping[str, Any]) -> list[Any]:
-        """The items for a message"""
-        if "type" in message:  # one already
-            return [message]
-        content = message.get("content")
-        if _is_result(message):
-            output = content if isinstance(content, str) else list(map(cls._part, _content_parts(content)))
-            return [{"type": "function_call_output", "call_id": message.get("tool_call_id"), "output": output}]
-        kept = _kept(message, cls.name)
-        if kept is not None:
-            return list(kept)
-        text = "output_text" if message.get("role") == "assistant" else "input_text"
+    def _items_of(cls, turn: _Turn) -> list[Any]:
+        content = turn.content
+        if "type" in turn.message:  # an item already
+            return [turn.message]
+        if turn.answered is not None:
+            output = content if isinstance(content, str) else list(map(cls._part, turn.parts))
+            return [{"type": "function_call_output", "call_id": turn.answered.id, "output": output}]
+        if turn.kept is not None:
+            return list(turn.kept)
+        text = "output_text" if turn.role == "assistant" else "input_text"
         content = [cls._part(part, text) for part in content] if isinstance(content, list) else content
-        items: list[Any] = [{"role": message.get("role"), "content": content}] if content else []
+        items: list[Any] = [{"role": turn.role, "content": content}] if content else []
         return items + [
             {"type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments}
-            for call in _calls_of(message)
+            for call in turn.calls
         ]
 
     @staticmethod
@@ -3411,12 +3400,9 @@ class _Ollama(Dialect):
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
         params = dict(params)
         options = {**_moved(params, cls._OPTIONS), **_dict(params.pop("options", None))}
-        if "stop" in options:
-            options["stop"] = _as_list(options["stop"])
-        calls = _OpenCalls()
         body = {
             "model": model,
-            "messages": [cls._message(message, calls) for message in _checked_messages(messages)],
+            "messages": [cls._message(turn) for turn in _turns(messages, cls.name, needs_ids=False)],
             "stream": stream,
         }
         if options:
@@ -3424,35 +3410,26 @@ class _Ollama(Dialect):
         return {**body, **params}
 
     @classmethod
-    def _message(cls, message: Mapping[str, Any], calls: _OpenCalls) -> Any:
-        role, content = message.get("role"), message.get("content")
-        if _is_result(message) and "tool_name" not in message:
-            return {"role": role, "content": _result_text(content), "tool_name": calls.answered(message).name}
-        role = "system" if _is_system(message) else role
-        made = _calls_of(message)
-        calls.note(made)
-        if isinstance(content, str) and not made and "vendor" not in message and role == message.get("role"):
-            return message
-        known = {"role", "content", "tool_calls", "vendor"}
-        images = [cls._image(part) for part in _content_parts(content) if _dict(part).get("type") != "text"]
-        others = {name: value for name, value in message.items() if name not in known}
-        said: dict[str, Any] = {
-            "role": role,
-            "content": _plain_text(content),
-            **others,
-            **(_kept(message, cls.name) or {}),
-        }
+    def _message(cls, turn: _Turn) -> Any:
+        message, role = turn.message, "system" if turn.is_system else turn.role
+        if turn.answered is not None and "tool_name" not in message:
+            return {"role": role, "content": _result_text(turn.content), "tool_name": turn.answered.name}
+        if isinstance(turn.content, str) and not turn.calls and "vendor" not in message and role == turn.role:
+            return message  # Ollama's own shape is the same, and may have more in it
+        others = {name: message[name] for name in message if name not in ("role", "content", "tool_calls", "vendor")}
+        rendered: dict[str, Any] = {"role": role, "content": _plain_text(turn.content), **others, **(turn.kept or {})}
+        images = [cls._image(part) for part in turn.parts if _dict(part).get("type") != "text"]
         if images:
-            said["images"] = images
-        if made:
-            said["tool_calls"] = [
+            rendered["images"] = images
+        if turn.calls:
+            rendered["tool_calls"] = [
                 {
                     "function": {"name": call.name, "arguments": _arguments_of(call)},
                     **({"id": call.id} if call.id else {}),
                 }
-                for call in made
+                for call in turn.calls
             ]
-        return said
+        return rendered
 
     @staticmethod
     def _image(part: Any) -> str:

@@ -327,10 +327,6 @@ def test_a_result_without_a_call_before_it_is_named_by_itself():
     assert body["contents"][0]["parts"][0]["functionResponse"]["name"] == "look"
 
 
-def test_a_message_that_is_no_dict_goes_to_the_server_as_it_is_in_the_openai_dialect():
-    assert sheepsse.DIALECTS["openai"].body(["Good day?"], "m", {}, True)["messages"] == ["Good day?"]
-
-
 def test_a_part_that_is_a_text_is_one():
     body = sheepsse.DIALECTS["openai-responses"].body([{"role": "user", "content": ["Good day?"]}], "m", {}, True)
     assert body["input"][0]["content"] == [{"type": "input_text", "text": "Good day?"}]

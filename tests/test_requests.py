@@ -288,7 +288,7 @@ def test_an_image_in_a_result_is_translated_where_it_can_be(server, dialect):
     assert PIXEL in json.dumps(sent(server, dialect, talk))
 
 
-@pytest.mark.parametrize("dialect", ["anthropic", "gemini", "openai-responses", "ollama"])
+@pytest.mark.parametrize("dialect", sheepsse.DIALECTS)
 def test_what_is_no_message_is_an_error_that_sends_nothing(server, dialect):
     with pytest.raises(sheepsse.InvalidRequestError, match="a message is a dict with"):
         sent(server, dialect, ["Good day?"])
