@@ -77,6 +77,7 @@ from typing import (
     Optional,
     Sequence,
     Tuple,
+    TypedDict,
     TypeVar,
 )
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
@@ -93,6 +94,8 @@ from urllib3.util.retry import Retry as _Urllib3Retry
 if TYPE_CHECKING:
     from decimal import Decimal
 
+    from typing_extensions import Unpack
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -100,7 +103,7 @@ __all__ = [
     "AuthenticationError", "Batch", "BatchSummary", "CheckpointError", "Checkpoints", "Chunk",
     "CircuitBreaker", "CircuitOpenError", "Client", "Completion", "ConnectError", "CostMix",
     "Dialect", "Health", "InvalidRequestError", "InvalidStreamError", "Limiter", "LimiterStats",
-    "MissingExtraError", "ModelNotFoundError", "Price", "Provider", "QueueFullError",
+    "MissingExtraError", "ModelNotFoundError", "Options", "Price", "Provider", "QueueFullError",
     "QueueTimeoutError", "QuotaError", "RateLimitError", "Relay", "Result", "ResumePoint", "Retry",
     "SSEClient", "SSEDecoder", "ServerError", "ServerSentEvent", "SheepError", "Slot", "Stream",
     "StreamCancelled", "StreamError", "StreamInterrupted", "StreamStats", "StreamTimeout",
@@ -109,6 +112,11 @@ __all__ = [
     "iter_bytes", "iter_chunks", "iter_events", "iter_json_lines", "iter_sse", "iter_text", "main",
     "parse_line", "record", "relay", "replay", "session", "stream", "wsgi_app",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
 
 _log = logging.getLogger("sheepsse")
 _log.addHandler(logging.NullHandler())
@@ -1573,6 +1581,8 @@ class Dialect:
     require_end = True
     #: whether the end of the body ends an answer that has its finish reason
     ends_with_body = False
+    #: options by the names that the vendor has for them in another place than the body, or under another name
+    options: Mapping[str, str] = {}
     #: counts of a usage, by the names of _COUNTS, that their whole does not include
     excluded: frozenset[str] = frozenset()
     #: whether the end of a stream repeats the answer, to be compared with the pieces before
@@ -1607,6 +1617,8 @@ class Dialect:
         """A base URL with the path, before its query if it has one (Azure's api-version)"""
         parts = urlsplit(base_url)
         base = parts.path.rstrip("/")
+        if cls.path and base.endswith(cls.path):  # the whole endpoint
+            base = base[: -len(cls.path)]
         if cls.roots and not base.endswith(cls.roots):
             base += cls.roots[0]
         return urlunsplit(parts._replace(path=base + path))
@@ -2367,6 +2379,8 @@ class _Turn:
     def __init__(self, message: Any, dialect: str, calls_of: Callable[[Mapping[str, Any]], list[ToolCall]]) -> None:
         if not isinstance(message, Mapping):
             raise InvalidRequestError(f"a message is a dict with a role and a content, got {type(message).__name__}")
+        if not {"role", "type", "parts"}.intersection(message):  # the last two are of Responses and Gemini
+            raise InvalidRequestError(f"a message is a dict with a role and a content, got one with {list(message)}")
         #: as passed by the caller
         self.message = message
         self.role = message.get("role")
@@ -2555,7 +2569,7 @@ class _Anthropic(Dialect):
     }
     #: max_tokens is required; this default suits all models since 3.5
     _MAX_TOKENS = 8192
-    _OPTIONS: Mapping[str, str] = {
+    options: Mapping[str, str] = {
         "max_completion_tokens": "max_tokens",
         "max_tokens": "max_tokens",
         "stop": "stop_sequences",
@@ -2591,7 +2605,7 @@ class _Anthropic(Dialect):
         params = dict(params)
         turns = _turns(messages, cls.name)
         system = [params.pop("system", None), *(turn.content for turn in turns if turn.is_system)]
-        options = _moved(params, cls._OPTIONS)
+        options = _moved(params, cls.options)
         thinking = _count(_dict(params.get("thinking")).get("budget_tokens"))
         body = {
             "model": model,
@@ -2836,7 +2850,7 @@ class _Gemini(Dialect):
     #: Gemini 3 wants its signature at the first call of an answer; this marks a call of another model
     _FOREIGN = "skip_thought_signature_validator"
     #: the names in generationConfig for options of OpenAI and Ollama
-    _CONFIG_NAMES: Mapping[str, str] = {
+    options: Mapping[str, str] = {
         "max_tokens": "maxOutputTokens",
         "max_completion_tokens": "maxOutputTokens",
         "top_p": "topP",
@@ -2877,7 +2891,7 @@ class _Gemini(Dialect):
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
         params = dict(params)
         turns = _turns(messages, cls.name, cls._calls_of, needs_ids=False)
-        config = _moved(params, cls._CONFIG_NAMES)
+        config = _moved(params, cls.options)
         config.update(_dict(_either(params, "generationConfig", "generation_config")))
         system = [cls._part(part) for turn in turns if turn.is_system for part in turn.parts]
         own = _either(params, "systemInstruction", "system_instruction")
@@ -3372,7 +3386,7 @@ class _Ollama(Dialect):
     roots = ("/api",)
     models_path = "/tags"
 
-    _OPTIONS: Mapping[str, str] = {
+    options: Mapping[str, str] = {
         "max_tokens": "num_predict",
         "max_completion_tokens": "num_predict",
         **_same(
@@ -3399,7 +3413,7 @@ class _Ollama(Dialect):
     @classmethod
     def body(cls, messages: Sequence[Any], model: str, params: Mapping[str, Any], stream: bool) -> dict[str, Any]:
         params = dict(params)
-        options = {**_moved(params, cls._OPTIONS), **_dict(params.pop("options", None))}
+        options = {**_moved(params, cls.options), **_dict(params.pop("options", None))}
         body = {
             "model": model,
             "messages": [cls._message(turn) for turn in _turns(messages, cls.name, needs_ids=False)],
@@ -5539,10 +5553,15 @@ def _send(
 
 def _as_pair(timeout: float | tuple[float | None, float | None] | None) -> tuple[float | None, float | None]:
     """The time-outs in seconds, to connect and without a byte, as in requests"""
-    if timeout is None or isinstance(timeout, (int, float)):
-        return timeout, timeout
-    connect, read = timeout
-    return connect, read
+    connect, read = timeout if isinstance(timeout, (tuple, list)) and len(timeout) == 2 else (timeout, timeout)
+    return _limit("timeout", connect), _limit("timeout", read)
+
+
+def _limit(name: str, value: Any) -> float | None:
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    also = ", or two of them, (connect, read)" if name == "timeout" else ""
+    raise TypeError(f"{name} is a number of seconds, or None for no limit{also}; got {value!r}")
 
 
 #: the errors of requests for a request that cannot be sent
@@ -5841,12 +5860,18 @@ class _Request(NamedTuple):
         return self._replace(messages=(*self.messages, *messages), params={**self.params, **params})
 
 
-def _messages(messages: Any) -> list[Any]:
+def _messages(messages: Any, system: Any = None) -> list[Any]:
+    """The messages as a list, after the system message that was passed beside them"""
     if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
+        messages = [{"role": "user", "content": messages}]
     if isinstance(messages, (bytes, Mapping)) or not isinstance(messages, Iterable):
         raise TypeError(f"messages is a str or a list of {{'role', 'content'}}, got {type(messages).__name__}")
-    return list(messages)
+    listed = list(messages)
+    if not system:
+        return listed
+    if any(isinstance(message, Mapping) and message.get("role") in ("system", "developer") for message in listed):
+        raise ValueError("system= and a system message among the messages: pass one of the two")
+    return [{"role": "system", "content": system}, *listed]
 
 
 class _Mark(NamedTuple):
@@ -7338,6 +7363,7 @@ class Provider(NamedTuple):
     models: prefixes of the names of its models; empty where the provider serves any model
     check_path: the path that ``check`` requests where the list of models needs no key; else ""
     continuation: how the provider continues a partial answer: deepseek, mistral, vllm, anthropic, or "" where it cannot
+    base_variable: the environment variable that replaces ``base_url``, as for the vendor's own SDK, or ""
     """
 
     base_url: str
@@ -7347,6 +7373,7 @@ class Provider(NamedTuple):
     models: tuple[str, ...] = ()
     check_path: str = ""
     continuation: str = ""
+    base_variable: str = ""
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -7359,6 +7386,7 @@ PROVIDERS: dict[str, Provider] = {
         "openai",
         "https://platform.openai.com/api-keys",
         ("gpt-", "chatgpt-", "o1", "o3", "o4"),
+        base_variable="OPENAI_BASE_URL",
     ),
     "openai-responses": Provider(
         "https://api.openai.com/v1",
@@ -7366,6 +7394,7 @@ PROVIDERS: dict[str, Provider] = {
         "openai-responses",
         "https://platform.openai.com/api-keys",
         ("gpt-", "chatgpt-", "o1", "o3", "o4"),
+        base_variable="OPENAI_BASE_URL",
     ),
     "deepseek": Provider(
         "https://api.deepseek.com",
@@ -7382,6 +7411,7 @@ PROVIDERS: dict[str, Provider] = {
         "https://console.anthropic.com/settings/keys",
         ("claude-",),
         continuation="anthropic",
+        base_variable="ANTHROPIC_BASE_URL",
     ),
     "gemini": Provider(
         "https://generativelanguage.googleapis.com",
@@ -7389,6 +7419,7 @@ PROVIDERS: dict[str, Provider] = {
         "gemini",
         "https://aistudio.google.com/apikey",
         ("gemini-", "gemma-", "learnlm-", "models/"),
+        base_variable="GOOGLE_GEMINI_BASE_URL",
     ),
     "openrouter": Provider(
         "https://openrouter.ai/api/v1",
@@ -7440,10 +7471,28 @@ def _provider_of_origin(base_url: str) -> str | None:
 
 
 def _provider_of_environment(model: str | None) -> str:
-    """The first provider with a key that serves the model; else the first provider with a key"""
+    """The first provider with a key that serves the model; else the first provider with a key
+
+    AuthenticationError where the model is one of another provider.
+    """
     ready = [name for name, row in PROVIDERS.items() if not _is_placeholder(_key_of_environment(row))]
     serving = [name for name in ready if not PROVIDERS[name].models or (model or "").startswith(PROVIDERS[name].models)]
+    owners = [row for row in PROVIDERS.values() if row.models and (model or "").startswith(row.models)]
+    if ready and owners and not serving:
+        raise AuthenticationError(
+            f"no API key for {model}: set {owners[0].key_variable}, or pass provider=... and api_key=... "
+            f"({', '.join(ready)}, which has a key, does not serve the model)"
+        )
     return next(iter(serving or ready or PROVIDERS))
+
+
+def _dialect_of_url(base_url: str) -> type[Dialect] | None:
+    """The dialect of a base URL that is a whole endpoint; Google has one for OpenAI's API"""
+    path = urlsplit(base_url).path.rstrip("/")
+    if path.endswith("/v1beta/openai"):
+        return DIALECTS["openai"]
+    endpoints = (each for each in DIALECTS.values() if each.path and path.endswith("".join(each.roots[:1]) + each.path))
+    return next(endpoints, None)
 
 
 def _key_of_environment(row: Provider) -> str | None:
@@ -7466,6 +7515,8 @@ def _checked_key(key: str | None, source: str, row: Provider | None) -> str:
     if not key:
         raise AuthenticationError(f"no API key in {source}: {advice}")
     key = _Key(key.strip())
+    if key.lower().startswith("bearer "):
+        raise AuthenticationError(f"{source} is the key alone, without the word Bearer before it")
     if _is_placeholder(key):
         raise AuthenticationError(f"{source} is a placeholder, not an API key: {advice}")
     if not (key.isascii() and key.isprintable()) or " " in key:
@@ -7629,8 +7680,16 @@ class _CallOptions(NamedTuple):
             given["timeout"] = _as_pair(given["timeout"])
         if "headers" in given:
             given["headers"] = _Hidden({**self.headers, **given["headers"]})
-        if given.get("format") not in (None, "sse", "json"):
-            raise ValueError(f"format is 'sse' or 'json', got {given['format']!r}")
+        for name in ("first_timeout", "idle_timeout"):
+            _limit(name, given.get(name))
+        if "format" in given:
+            formats = {"auto": None, "sse": "sse", "json": "json", "jsonl": "json"}
+            if given["format"] not in formats:
+                raise ValueError(f"format is one of {', '.join(formats)}, got {given['format']!r}")
+            given["format"] = formats[given["format"]]
+        for model, price in (given.get("prices") or {}).items():
+            if not isinstance(price, Price):
+                raise TypeError(f"prices are sheepsse.Price(input, output) by model, got {price!r} for {model!r}")
         return self._replace(**given)
 
 
@@ -7657,6 +7716,7 @@ class _Terms(NamedTuple):
         """Coerce the options to the types that a Stream takes; errors for all others"""
         if self.checkpoint is not None and self.resume_from is not None:
             raise ValueError("a checkpoint knows where it was lost: pass it, or resume_from, not both")
+        _limit("deadline", self.deadline)
         return self._replace(
             checkpoint=None if self.checkpoint is None else _as_checkpoint(self.checkpoint),
             resume=_strategies(self.resume),
@@ -8719,6 +8779,9 @@ class Client:
         max_event_size: int = _MAX_EVENT_SIZE,
         max_answer_size: int = _MAX_ANSWER_SIZE,
     ) -> None:
+        provider = None if provider == "auto" else provider
+        if provider is not None and "://" in str(provider):
+            raise InvalidRequestError(f"provider is a name; for an address pass base_url={_public_url(provider)!r}")
         if provider is not None and provider not in PROVIDERS:
             shown = repr(provider) if len(provider) < 20 else "of that name"  # a key, put into its place
             raise InvalidRequestError(f"no provider {shown}; there are {', '.join(PROVIDERS)}")
@@ -8782,11 +8845,11 @@ class Client:
             if self._own_session is not None:
                 self._own_session.close()
 
-    def stream(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Stream:
+    def stream(self, messages: str | Sequence[Mapping[str, Any]], **options: Unpack[_StreamOptions]) -> Stream:
         """The answer to ``messages`` as a Stream; takes what ``sheepsse.stream`` takes"""
         return _own_stream(messages, client=self, **options)
 
-    def complete(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Completion:
+    def complete(self, messages: str | Sequence[Mapping[str, Any]], **options: Unpack[_CompleteOptions]) -> Completion:
         """The answer to ``messages``, whole; takes what ``sheepsse.complete`` takes"""
         return _own_complete(messages, client=self, **options)
 
@@ -8802,7 +8865,6 @@ class Client:
         options = self._options.but(**{name: params.pop(name) for name in _CallOptions._fields if name in params})
         if terms.on_retry is not None:
             options = options.but(retry=options.retry.new(on_retry=terms.on_retry))
-        _refuse_options(params)
         model = model or self.model
         if not model:
             raise InvalidRequestError("no model: pass model=..., as the provider names it")
@@ -8860,8 +8922,12 @@ class Client:
         if name is None:
             name = _provider_of_origin(self.base_url) if self.base_url else _provider_of_environment(model)
         row = None if name is None else PROVIDERS[name]
+        if row and self.base_url is None:
+            row = row._replace(base_url=os.environ.get(row.base_variable) or row.base_url)
         base_url = self.base_url or (row.base_url if row else "")
-        dialect = self._dialect or DIALECTS[row.dialect if row else "openai"]
+        if row and not urlsplit(base_url).path.strip("/"):  # the host alone
+            base_url = urlunsplit(urlsplit(base_url)._replace(path=urlsplit(row.base_url).path))
+        dialect = self._dialect or _dialect_of_url(base_url) or DIALECTS[row.dialect if row else "openai"]
         key = self._key(row, base_url, headers)
         key_headers = _Hidden({**(dialect.key_headers(key) if key else {}), **_key_headers(headers)})
         check_url = dialect.endpoint(base_url, (row and row.check_path) or dialect.models_path)
@@ -8942,23 +9008,6 @@ def _client_of(
     return made
 
 
-#: keywords of stream() and complete() that make a Client
-_CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session", "verify", "proxies", "cert")
-#: keywords that must not go into the body, and why they are refused
-_REFUSED_OPTIONS = {
-    **dict.fromkeys(_CLIENT_OPTIONS, "belongs to the Client"),
-    **dict.fromkeys(("alignment", "client", "fallback", "resume", "resume_from"), "is no option here"),
-}
-
-
-def _refuse_options(params: dict[str, Any]) -> None:
-    """Refuses options of sheepsse that would go into the body"""
-    for name in _REFUSED_OPTIONS:
-        value = params.pop(name, None)
-        if value is not None and not (value is False and name == "fallback"):
-            raise TypeError(f"{name}= {_REFUSED_OPTIONS[name]}; extra_body={{{name!r}: ...}} puts it into the request")
-
-
 def _model_names(answer: Any) -> Iterator[str]:
     """The names in a list of models, in any vendor's shape"""
     answer = _dict(answer)
@@ -8966,6 +9015,170 @@ def _model_names(answer: Any) -> Iterator[str]:
     names += [_dict(row).get("name") for row in _list(answer.get("models"))]  # Gemini, Ollama
     for name in filter(None, map(_text, names)):
         yield name[len("models/") :] if name.startswith("models/") else name
+
+
+#: keywords of stream() and complete() that make a Client
+_CLIENT_OPTIONS = ("provider", "base_url", "api_key", "dialect", "session", "verify", "proxies", "cert")
+
+
+class Options(TypedDict, total=False):
+    """The options of ``stream``, ``complete`` and ``batch`` that are not in their signatures, for editors and checkers
+
+    At run time any other name goes into the request too, unless it is nearly one of these or belongs to another
+    library; ``extra_body`` takes any name at all. Options of a Client that are passed beside ``client`` replace its
+    own for this call; ``provider`` to ``cert`` make a Client, and need a call without ``client``.
+    """
+
+    # These make a Client; the docstring of Client has them all
+    provider: str | None
+    base_url: str | None
+    api_key: str | bytes | bool | None
+    dialect: str | type[Dialect] | None
+    session: Any
+    verify: bool | str
+    proxies: Mapping[str, str] | None
+    cert: str | tuple[str, str] | None
+    # These replace the options of a Client
+    retry: Retry | int | None
+    timeout: float | tuple[float | None, float | None] | None
+    first_timeout: float | None
+    idle_timeout: float | None
+    limiter: Any
+    breaker: CircuitBreaker | None
+    prices: Mapping[str, Price] | None
+    headers: Mapping[str, str] | None
+    format: str | None
+    max_event_size: int
+    max_answer_size: int
+    # These go into the request, in the shape of its dialect
+    #: the system message, before the others
+    system: str | Sequence[Mapping[str, Any]] | None
+    temperature: float | None
+    max_tokens: int | None
+    max_completion_tokens: int | None
+    top_p: float | None
+    top_k: int | None
+    stop: str | Sequence[str] | None
+    seed: int | None
+    #: the number of choices
+    n: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: Any
+    #: members that are added to the request as they are
+    extra_body: Mapping[str, Any] | None
+    # These go into the request as they are: options of OpenAI and of those that copy it
+    background: bool
+    include: Sequence[str]
+    instructions: str
+    logit_bias: Mapping[str, float]
+    logprobs: bool
+    max_output_tokens: int
+    metadata: Mapping[str, Any]
+    modalities: Sequence[str]
+    models: Sequence[str]
+    parallel_tool_calls: bool
+    prediction: Mapping[str, Any]
+    previous_response_id: str
+    prompt: Any
+    reasoning: Mapping[str, Any]
+    reasoning_effort: str
+    repetition_penalty: float
+    response_format: Mapping[str, Any]
+    service_tier: str
+    store: bool
+    stream_options: Mapping[str, Any]
+    text: Mapping[str, Any]
+    top_logprobs: int
+    truncation: str
+    user: str
+    verbosity: str
+    # Anthropic
+    container: Any
+    context_management: Mapping[str, Any]
+    mcp_servers: Sequence[Mapping[str, Any]]
+    stop_sequences: Sequence[str]
+    thinking: Mapping[str, Any]
+    # Gemini
+    cachedContent: str
+    cached_content: str
+    generationConfig: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    safetySettings: Sequence[Mapping[str, Any]]
+    safety_settings: Sequence[Mapping[str, Any]]
+    systemInstruction: Any
+    system_instruction: Any
+    thinkingConfig: Mapping[str, Any]
+    thinking_config: Mapping[str, Any]
+    toolConfig: Mapping[str, Any]
+    tool_config: Mapping[str, Any]
+    # Ollama
+    keep_alive: Any
+    min_p: float
+    num_ctx: int
+    options: Mapping[str, Any]
+    think: bool | str
+
+
+if TYPE_CHECKING:
+
+    class _CompleteOptions(Options, total=False):
+        """What a Client's complete() takes"""
+
+        model: str | None
+        checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None
+        refresh: bool
+        alignment: TokenAlignment | None
+        deadline: float | None
+        on_retry: Callable[[SheepError, int, float], object] | None
+
+    class _StreamOptions(_CompleteOptions, total=False):
+        """What a Client's stream() takes, and each request of a batch"""
+
+        resume: str | Sequence[str]
+        resume_from: SheepError | ResumePoint | Mapping[str, Any] | Sequence[Any] | None
+        fallback: bool
+
+
+#: options of requests and of the vendors' SDKs that are none of ours, and what to do instead
+_FOREIGN_OPTIONS = {
+    "stream": "stream() streams, complete() returns the whole answer",
+    **dict.fromkeys(("auth", "auth_token", "azure_ad_token", "key", "token"), "pass api_key= or headers="),
+    **dict.fromkeys(("organization", "project", "cookies", "extra_headers", "default_headers"), "pass headers="),
+    **dict.fromkeys(("params", "extra_query", "default_query", "api_version"), "put the query into base_url="),
+    **dict.fromkeys(("url", "endpoint", "api_base", "azure_endpoint", "azure_deployment"), "pass base_url="),
+    **dict.fromkeys(("json", "data", "files"), "the messages are the first argument"),
+    **dict.fromkeys(("max_retries", "retries"), "pass retry="),
+    **dict.fromkeys(("http_client", "http_options", "hooks", "allow_redirects"), "pass session="),
+    **dict.fromkeys(("proxy", "http_proxy", "https_proxy"), "pass proxies="),
+    **dict.fromkeys(("callback", "callbacks", "on_token"), "iterate over the stream"),
+    **dict.fromkeys(("fallback", "resume", "resume_from"), "complete() cannot resume, stream() can"),
+    **dict.fromkeys(("alignment", "client", "checkpoint"), "it is not for this function"),
+}
+
+
+def _check_options(params: dict[str, Any], own: Iterable[str] = ()) -> None:
+    """TypeError for options that cannot be meant to go into the request; no value is shown: it may be a secret
+
+    ``own`` are further options of the function.
+    """
+    vendors = (name for dialect in DIALECTS.values() for name in dialect.options)
+    real = {*Options.__annotations__, *vendors, *own}
+    for name in [name for name in params if name not in real]:
+        if name in _FOREIGN_OPTIONS and (params[name] is None or (name, params[name]) == ("fallback", False)):
+            del params[name]  # as if not passed
+            continue
+        advice = _FOREIGN_OPTIONS.get(name, "")
+        if not advice:
+            import difflib  # heavy, and few calls have an option of an unknown name
+
+            known = {*real, *(stream.__kwdefaults__ or ())}
+            squeezed = {each.replace("_", "").lower(): each for each in sorted(known, reverse=True)}
+            near = difflib.get_close_matches(name.replace("_", "").lower(), squeezed, 1, 0.8)
+            advice = f"did you mean {squeezed[near[0]]}=?" if near else ""
+        if advice:
+            raise TypeError(f"{name}= is no option here: {advice} (extra_body={{{name!r}: ...}} sends it as it is)")
 
 
 @functools.lru_cache(None)
@@ -8987,7 +9200,7 @@ def stream(
     alignment: TokenAlignment | None = None,
     deadline: float | None = None,
     on_retry: Callable[[SheepError, int, float], object] | None = None,
-    **params: Any,
+    **options: Unpack[Options],
 ) -> Stream:
     """The answer to a prompt or a list of messages, as a Stream of text
 
@@ -9024,7 +9237,8 @@ def stream(
     here, all other errors when the Stream is read; CheckpointError where a checkpoint cannot be used.
     """
     terms = _Terms(deadline, on_retry, checkpoint, refresh, resume, resume_from, alignment)
-    return _stream_of(client, messages, model, params, terms, fallback=fallback)
+    # the same dict, not a copy: secrets are hidden in it, for whoever prints the variables of this frame
+    return _stream_of(client, messages, model, typing.cast("dict[str, Any]", options), terms, fallback=fallback)
 
 
 def complete(
@@ -9037,22 +9251,28 @@ def complete(
     alignment: TokenAlignment | None = None,
     deadline: float | None = None,
     on_retry: Callable[[SheepError, int, float], object] | None = None,
-    **params: Any,
+    **options: Unpack[Options],
 ) -> Completion:
     """The same request, not streamed: the whole answer, or the error that ``stream`` would raise"""
     terms = _Terms(deadline, on_retry, checkpoint, refresh, alignment=alignment)
+    params = typing.cast("dict[str, Any]", options)
     return _completed(_stream_of(client, messages, model, params, terms, is_streamed=False))
 
 
 def _clients_of(client: Client | Sequence[Client] | None, params: dict[str, Any]) -> tuple[list[Client], bool]:
     """The clients passed, one made of keywords, or that of the environment; and whether it closes with its stream"""
-    own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params} if client is None else {}
+    own = {name: params.pop(name) for name in _CLIENT_OPTIONS if name in params}
     if client is None:
-        client = Client(**own) if own else _default_client()
-    clients = [client] if isinstance(client, Client) else list(client)
+        return [Client(**own) if own else _default_client()], bool(own) and "session" not in own
+    for name, value in own.items():
+        if value is not None:
+            raise TypeError(f"{name}= belongs to the Client: pass it there, or leave client= out")
+    clients = [client] if isinstance(client, Client) else client
+    if isinstance(clients, str) or not all(isinstance(each, Client) for each in clients):
+        raise TypeError(f"client= is a sheepsse.Client, or a list of one or more, got {client!r:.80}")
     if not clients:
         raise ValueError("client= is a Client, or a list of one or more")
-    return clients, bool(own) and "session" not in own
+    return list(clients), False
 
 
 #: for the methods of a Client, which tests put in place of the functions
@@ -9075,8 +9295,9 @@ def _stream_of(
     for name in ("headers", "proxies"):
         if isinstance(params.get(name), Mapping):
             params[name] = _Hidden(params[name])
+    _check_options(params)
     clients, is_owned = _clients_of(client, params)
-    messages, terms = _messages(messages), terms.checked()
+    messages, terms = _messages(messages, params.pop("system", None)), terms.checked()
     ways = [(each, is_streamed) for each in clients] + [(each, False) for each in clients[-1:] if fallback]
     senders = []
     for each, streams in ways:
@@ -9556,6 +9777,7 @@ def batch(
         raise TypeError("batch takes many requests: a list of them, or any other iterable")
     if workers < 1:
         raise ValueError(f"a batch has 1 worker or more, not {workers}")
+    _check_options(params, {*(stream.__kwdefaults__ or ())} - {"client"})
     total = None
     if isinstance(requests, Sequence):
         collections.deque(_with_new_ids(requests), 0)

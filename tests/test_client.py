@@ -258,7 +258,7 @@ def test_options_that_make_no_sense_are_errors_at_once():
         sheepsse.Client(api_key=True)
     with pytest.raises(TypeError, match="retry takes a sheepsse.Retry"):
         sheepsse.Client(retry="3")
-    with pytest.raises(ValueError, match="format is 'sse' or 'json'"):
+    with pytest.raises(ValueError, match="format is one of auto, sse, json, jsonl"):
         sheepsse.Client(format="xml")
     client = sheepsse.Client(base_url="http://127.0.0.1:1", api_key=False, model=MODEL)
     with pytest.raises(ValueError, match="resume is 'auto', 'never', or of replay"):
@@ -311,7 +311,7 @@ def providers(server, monkeypatch):
         (["openai", "deepseek"], "deepseek-chat", "deepseek"),
         (["openai", "deepseek", "mistral"], "mistral-small", "mistral"),
         (["deepseek", "openai"], "gpt-4o", "openai"),
-        (["deepseek"], "gpt-4o", "deepseek"),
+        (["deepseek"], "some-model", "deepseek"),
         (["deepseek", "openrouter"], "gpt-4o", "openrouter"),
         (["openrouter", "mistral"], "mistral-small", "openrouter"),
     ],

@@ -78,9 +78,11 @@ def defined():
     """The section in which each module-level name is defined"""
     names = {}
     for node in TREE.body:
+        if node.lineno < sections()[0][2]:  # imports, and what the module itself is asked for
+            continue
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names[node.name] = section_of(node.lineno)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)) and node.lineno > sections()[0][2]:
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names.update({target.id: section_of(node.lineno) for target in targets if isinstance(target, ast.Name)})
     return names
