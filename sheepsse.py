@@ -12591,28 +12591,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words[0] if words and words[0] in _COMMANDS else ""
     if not _has_stdout():
-        _complain("sheepsse: standard output is closed")
+        _complain("standard output is closed")
         return 1
     parser = _parser(name)
-    options = parser.parse_args(words[1:] if name else words)
+    options = parser.parse_intermixed_args(words[1:] if name else words)
     if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character must not end the answer
         sys.stdout.reconfigure(errors="replace")
     run = _COMMANDS[name][0]
     try:
         return run(parser, options)
     except SheepError as error:
-        _complain(f"sheepsse: {error}")
+        _complain(error)
         return 1
     except BrokenPipeError:
         # the reader, such as head(1), has read enough; Python would complain when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:  # stdout cannot be written: a full disk, or no file
-        _complain(f"sheepsse: the text cannot be written: {error}")
+        _complain(f"the text cannot be written: {error}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted")
+        _tell("interrupted")
         return 130
 
 
@@ -12636,8 +12636,21 @@ def _without_controls(text: str) -> str:
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
-def _complain(text: str) -> None:
-    print(_without_controls(text), file=sys.stderr)
+def _tell(text: str) -> None:
+    """Prints to standard error"""
+    print(_without_controls(text), file=sys.stderr, flush=True)
+
+
+#: options of the library, and what they are in the shell
+_SHELL_NAMES = {"api_key=False": "--no-key", "api_key=...": "--key-variable NAME", "model=...": "-m MODEL"}
+
+
+def _complain(error: object) -> None:
+    """Prints an error to standard error, with the options of the shell"""
+    text = str(error)
+    for name, shell_name in _SHELL_NAMES.items():
+        text = text.replace(name, shell_name)
+    _tell(f"sheepsse: {text}")
 
 
 #: the commands by their first word, "" for a prompt: the function, the description, and what adds options to a parser
@@ -12697,8 +12710,47 @@ def _count_argument(text: str) -> int:
     return number
 
 
-_MODEL_HELP = "the model, as the provider names it"
-_SYSTEM = _option("--system", metavar="TEXT", help="the system message")
+_SYSTEM = _option("-s", "--system", metavar="TEXT", help="the system message")
+_OPTION = _option(
+    "-o",
+    "--option",
+    dest="params",
+    nargs=2,
+    action="append",
+    default=[],
+    metavar=("NAME", "VALUE"),
+    help="an option of the request, such as -o temperature 0.2; the value is JSON, or else a text",
+)
+_MAX_TOKENS = _option("--max-tokens", type=_count_argument, metavar="N", help="the most tokens of an answer")
+
+
+def _model_option(parser: Any, required: bool = True) -> None:
+    default = os.environ.get("SHEEPSSE_MODEL")
+    text = "the model, as the provider names it (default: $SHEEPSSE_MODEL)"
+    parser.add_argument("-m", "--model", default=default, required=required and not default, help=text)
+
+
+_ANY_MODEL = functools.partial(_model_option, required=False)
+
+
+def _params_of(parser: Any, options: Any) -> dict[str, Any]:
+    """The options of a request that a command line has"""
+    params: dict[str, Any] = {"system": options.system, "max_tokens": options.max_tokens}
+    for name, value in options.params:
+        parsed = _json(value)
+        params[name] = value if parsed is _NO_JSON else parsed
+    wrong = {"messages", *_CLIENT_OPTIONS, *_CallOptions._fields, *(stream.__kwdefaults__ or ())} & set(params)
+    if wrong:
+        parser.error(f"-o takes options of the request, not {', '.join(sorted(wrong))}")
+    try:
+        _check_options(params)
+    except TypeError as error:
+        parser.error(f"-o {error}")
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _tell_retry(error: SheepError, attempt: int, delay: float) -> None:
+    _tell(f"sheepsse: {error.status or error}, trying again in {delay:.0f} s")
 
 
 def _client_of_options(options: Any, **more: Any) -> Client:
@@ -12706,16 +12758,19 @@ def _client_of_options(options: Any, **more: Any) -> Client:
     api_key = os.environ.get(options.key_variable) if options.key_variable else None
     if options.key_variable and not api_key:
         raise AuthenticationError(f"no API key in {options.key_variable}")
+    more.setdefault("retry", Retry(on_retry=_tell_retry))
     return Client(options.provider, base_url=options.base_url, api_key=False if options.no_key else api_key, **more)
 
 
 @_command(
     "",
     "Stream the answer of a language model to the terminal.",
-    _option("prompt", nargs="?", help="the prompt; read from standard input if missing or -"),
-    _option("-m", "--model", required=True, help=_MODEL_HELP),
+    _option("prompt", nargs="*", help="the prompt; what standard input holds goes before it"),
+    _model_option,
     _provider_options,
     _SYSTEM,
+    _MAX_TOKENS,
+    _OPTION,
     _option("--json", action="store_true", help="print one JSON object a line, with type and time"),
     _option("--stats", action="store_true", help="print times and counts to standard error at the end"),
     _option("--checkpoint", metavar="DIR", help="save the answer there, and resume it when run again"),
@@ -12735,18 +12790,18 @@ def _answer_prompt(parser: Any, options: Any) -> int:
         _strategies(options.resume)
     except ValueError as error:
         parser.error(str(error))
-    messages = [{"role": "system", "content": options.system}] if options.system else []
-    messages.append({"role": "user", "content": _prompt(parser, options.prompt)})
+    prompt, params = _prompt(parser, options.prompt), _params_of(parser, options)
     show = _JSONLines() if options.json else _PlainText()
     answer: Stream | None = None
     try:
         with _client_of_options(options) as client:
             answer = client.stream(
-                messages,
+                prompt,
                 model=options.model,
                 deadline=options.timeout,
                 checkpoint=options.checkpoint,
                 resume=options.resume,
+                **params,
             )
             with answer:
                 for chunk in answer.chunks():
@@ -12758,43 +12813,66 @@ def _answer_prompt(parser: Any, options: Any) -> int:
         return 3 if answer is not None and answer.stats.chars else 1
     finally:
         if options.stats and answer is not None:
-            _complain(_stats_line(answer))
+            show.end_line()
+            _tell(_stats_line(answer))
 
 
-def _prompt(parser: Any, prompt: Any) -> Any:
-    """The prompt of the command line, or of standard input"""
-    if prompt in (None, "-"):
-        if sys.stdin is None:
-            parser.error("there is no prompt, and standard input is closed")
+def _prompt(parser: Any, words: Sequence[str]) -> str:
+    """What standard input holds, where it is a file or a pipe, and then the words of the command line"""
+    if len(words) == 1:
+        _confirm_word(parser, words[0])
+    prompt, given = "" if words == ["-"] else " ".join(words), ""
+    if sys.stdin is None and not prompt:
+        parser.error("there is no prompt, and standard input is closed")
+    if sys.stdin is not None and not (sys.stdin.isatty() and prompt):
         try:
-            prompt = sys.stdin.read()
+            given = sys.stdin.read()
         except UnicodeDecodeError as error:
             parser.error(f"standard input is not {error.encoding}: {error}")
+    if given.strip():
+        prompt = f"{given.rstrip()}\n\n{prompt}" if prompt else given
     if not prompt.strip():
         parser.error("the prompt is empty")
     return prompt
 
 
+def _confirm_word(parser: Any, word: str) -> None:
+    """Makes sure that a word which is nearly a command is meant as a prompt: an answer is billed"""
+    import difflib
+
+    near = difflib.get_close_matches(word, filter(None, _COMMANDS), 1, 0.75)
+    if near and sys.stdin is not None and sys.stdin.isatty():
+        _tell(f"{word!r} is no command; did you mean {near[0]!r}? Enter y to send it as a prompt:")
+        near = [] if sys.stdin.readline().strip().lower() == "y" else near
+    if near:
+        parser.error(f"did you mean the command {near[0]!r}? To send {word!r} as a prompt, write more than one word")
+
+
 class _PlainText:
     """The text of an answer on stdout, and nothing else there"""
 
+    def __init__(self) -> None:
+        self._is_in_line = False
+
     def chunk(self, chunk: Chunk) -> None:
         if chunk.index == 0 and chunk.text:
+            self._is_in_line = not chunk.text.endswith("\n")
             print(_without_controls(chunk.text) if sys.stdout.isatty() else chunk.text, end="", flush=True)
 
     def done(self, answer: Stream) -> None:
-        self._end_line()
+        self.end_line(before_message=bool(answer.completion.refusal))
         if answer.completion.refusal:
-            _complain(f"refused: {answer.completion.refusal}")
+            _tell(f"refused: {answer.completion.refusal}")
 
     def error(self, error: SheepError) -> None:
-        self._end_line()
-        _complain(f"sheepsse: {error}")
+        self.end_line()
+        _complain(error)
 
-    def _end_line(self) -> None:
-        """Ends the line on a terminal; a file or a pipe gets the text alone"""
-        if sys.stdout.isatty():
+    def end_line(self, before_message: bool = True) -> None:
+        """Ends the line on a terminal, also where only a message follows there; a file gets the text alone"""
+        if self._is_in_line and (sys.stdout.isatty() or (before_message and sys.stderr.isatty())):
             print(flush=True)
+            self._is_in_line = False
 
 
 class _JSONLines:
@@ -12825,6 +12903,9 @@ class _JSONLines:
         shown = {"id": answer.id, "model": answer.model, "continuity": answer.continuity}
         self._print("done", **shown, usage=_plain_usage(answer.usage), stats=stats)
 
+    def end_line(self) -> None:
+        """Each line is whole"""
+
     def error(self, error: SheepError) -> None:
         self._print("error", code=error.code, message=str(error), status=error.status, request_id=error.request_id)
 
@@ -12845,6 +12926,47 @@ def _stats_line(answer: Stream) -> str:
 
 
 @_command(
+    "chat",
+    "Talk with a model. Ctrl-C stops an answer and keeps the conversation; Ctrl-D, or an empty line, ends it.",
+    _model_option,
+    _provider_options,
+    _SYSTEM,
+    _MAX_TOKENS,
+    _OPTION,
+)
+def _chat(parser: Any, options: Any) -> int:
+    with contextlib.suppress(ImportError):  # not on Windows
+        import readline  # noqa: F401  # input() then has a history and editing
+
+    params, messages = _params_of(parser, options), []
+    with _client_of_options(options, model=options.model) as client:
+        while True:
+            try:
+                prompt = input("> ")
+            except EOFError:
+                prompt = ""
+            if not prompt.strip():
+                return 0
+            messages.append({"role": "user", "content": prompt})
+            show, answer = _PlainText(), client.stream(messages, **params)
+            try:
+                with answer:
+                    for chunk in answer.chunks():
+                        show.chunk(chunk)
+            except SheepError as error:
+                show.error(error)
+            except KeyboardInterrupt:
+                show.end_line()
+                _tell("stopped")
+            else:
+                show.done(answer)
+            if answer.text:
+                messages.append(answer.completion.message)
+            else:
+                messages.pop()  # nothing was answered: the same prompt can be entered again
+
+
+@_command(
     "batch",
     "Answer many requests, and append the answers to a file as JSON lines. A second run requests only the missing "
     "and failed answers; of two lines with the same id, the later one counts. Each line of the input is a JSON "
@@ -12852,7 +12974,7 @@ def _stats_line(answer: Stream) -> str:
     "any options of the request. Exit status: 0 all are answered, 1 some failed, 130 Ctrl-C.",
     _option("input", metavar="IN.jsonl", help="the requests; - is standard input"),
     _option("-o", "--output", metavar="OUT.jsonl", required=True, help="the file for the answers"),
-    _option("-m", "--model", help="the model of requests that name none"),
+    _ANY_MODEL,
     _option("-w", "--workers", type=_count_argument, default=5, help="requests at once (default: 5)"),
     _option("--checkpoint", metavar="DIR", help="also save partial answers there, and resume them"),
     _provider_options,
@@ -12880,10 +13002,10 @@ def _batch(parser: Any, options: Any) -> int:
                 results.close()
                 for result in results:  # results that were ready at the end
                     output.append(result)
-                _complain(f"{results.summary}\nkept       {kept} answers from before")
+                _tell(f"{results.summary}\nkept       {kept} answers from before")
             return 1 if results.summary.failed else 0
     except (SheepError, OSError, ValueError) as error:
-        _complain(f"sheepsse: {error}")
+        _complain(error)
         return 1
 
 
@@ -12993,37 +13115,78 @@ def _check(parser: Any, options: Any) -> int:
     for model in health.models:
         print(_without_controls(model))
     if health.error:
-        _complain(f"sheepsse: {health.error}")
+        _complain(health.error)
     return 0 if health.ok else 1
+
+
+@_command("models", "Print the names of the models that the provider lists, one a line.", _provider_options)
+def _models(parser: Any, options: Any) -> int:
+    with _client_of_options(options) as client:
+        health = client.check()
+    if health.error:
+        raise SheepError(health.error)
+    for model in health.models:
+        print(_without_controls(model))
+    return 0
 
 
 @_command(
     "cost",
-    "Print the cost of a number of tokens: by --price, else in US dollars by the prices of genai-prices.",
-    _option("-m", "--model", help=_MODEL_HELP),
-    lambda parser: parser.add_argument(
-        "--provider", choices=sorted(PROVIDERS), help="the provider that sets the price"
-    ),
+    "Print the cost of a number of tokens: by --price, else in US dollars by the prices of genai-prices. With --mix, "
+    "the cost of each mix of models, and its saving a month and a year compared with the first.",
+    _option("-m", "--model", help="the model, as the provider names it"),
+    _option("--provider", choices=sorted(PROVIDERS), help="the provider that sets the price"),
     _option("--input", type=int, default=0, metavar="N", help="input tokens, including cached ones"),
     _option("--output", type=int, default=0, metavar="N", help="output tokens, including reasoning"),
     _option("--cached", type=int, default=0, metavar="N", help="input tokens read from the cache"),
     _option("--price", nargs=2, metavar=("IN", "OUT"), help="prices of a million input and output tokens"),
     _option("--cached-price", metavar="PRICE", help="the price of a million cached tokens"),
+    _option(
+        "--mix",
+        nargs="+",
+        action="append",
+        metavar="SHARE:IN:OUT",
+        help="the parts of a mix: the share of a model, and its prices of a million tokens; can be repeated, as in "
+        "--mix 1:2.50:10 --mix 0.6:0.14:0.28 0.4:2.50:10",
+    ),
 )
 def _cost(parser: Any, options: Any) -> int:
     from decimal import DecimalException
 
     usage = Usage(options.input, options.output, options.input + options.output, options.cached)
     try:
+        if options.mix:
+            print(_mixes_table(options))
+            return 0
         price = Price(options.price[0], options.price[1], options.cached_price) if options.price else None
         spent = cost(usage, price, model=options.model, provider=options.provider)
-    except (DecimalException, ValueError):
-        parser.error("a price is a number")
+    except (DecimalException, ValueError) as error:
+        parser.error(f"a price is a number, and the shares of a mix are parts of 1: {error}")
     if spent is None:
         known = "no price is known" + (f" for {options.model}" if options.model else "")
-        raise SheepError(f"{known}: pass --price, or a --model and --provider that genai-prices knows")
+        raise SheepError(
+            f"{known}: pass --price, or a --model and --provider that genai-prices knows "
+            "(pip install 'sheepsse[prices]', Python 3.11 and later)"
+        )
     print(f"{spent.normalize():f}")
     return 0
+
+
+def _mixes_table(options: Any) -> str:
+    """The cost of each mix, and its saving"""
+    prices: dict[str, Price] = {}
+    mixes: dict[str, dict[str, float]] = {}
+    for parts in options.mix:
+        shares = mixes.setdefault(" ".join(parts), {})
+        for part in parts:
+            share, *price = part.split(":")
+            if len(price) != 2:
+                raise ValueError(f"expected SHARE:IN:OUT, got {part}")
+            prices[part], shares[part] = Price(*price), float(share)
+    rows = [("cost", "saving", "a year", "mix")]
+    for mix in compare_costs(options.input, options.output, mixes, prices):
+        rows.append((f"{mix.total:.2f}", f"{mix.saving:.2f}", f"{mix.yearly_saving:.2f}", mix.name))
+    return "\n".join("".join(f"{cell:>12}" for cell in row[:3]) + f"  {row[3]}" for row in rows)
 
 
 @_command(
@@ -13031,52 +13194,50 @@ def _cost(parser: Any, options: Any) -> int:
     "Measure a provider: send one prompt many times, and print the time to the first text, the time to the end, "
     "and tokens a second. Each request is billed.",
     _option("prompt", nargs="?", default="Count from 1 to 50.", help="(default: Count from 1 to 50.)"),
-    _option("-m", "--model", required=True, help=_MODEL_HELP),
+    _model_option,
     _option("-n", "--requests", type=_count_argument, default=10, help="the number of requests (default: 10)"),
     _option("-c", "--concurrency", type=_count_argument, default=2, help="requests at once (default: 2)"),
-    _option("--plot", metavar="FILE", help="draw the times into this file (.png, .svg or .pdf; needs matplotlib)"),
     _provider_options,
 )
 def _bench(parser: Any, options: Any) -> int:
-    if options.plot:
-        try:
-            import matplotlib.figure  # type: ignore[import-not-found,unused-ignore]  # an extra
-        except ImportError as error:
-            parser.error(f"--plot needs matplotlib: {error}")
     with _client_of_options(options, model=options.model, retry=0) as client:
         prompts = [options.prompt] * options.requests
         answers = batch(prompts, client=client, workers=options.concurrency, progress=_shown_progress())
         results = list(answers)
     good = [result for result in results if result.error is None]
     for error_text, count in collections.Counter(str(result.error) for result in results if result.error).items():
-        _complain(f"sheepsse: {count} failed: {error_text}")
+        _complain(f"{count} failed: {error_text}")
     print(_bench_table(good, answers.summary))
-    if options.plot and good:
-        times = [sorted(filter(None, (result.ttft for result in good))), sorted(result.elapsed for result in good)]
-        figure = matplotlib.figure.Figure()
-        axes = figure.subplots()
-        for values, label in zip(times, ("first text", "whole")):
-            axes.step(values, [100 * number / len(values) for number in range(1, len(values) + 1)], label=label)
-        axes.set(
-            xlabel="seconds", ylabel="per cent that took no longer", title=f"{options.model}, {len(good)} requests"
-        )
-        axes.legend()
-        figure.savefig(options.plot)
     return 1 if len(good) < len(results) else 0
 
 
 def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
-    speeds, tokens = _Sample(), 0
+    columns: dict[str, list[float]] = {
+        "first text, s": [],
+        "whole, s": [],
+        "tokens a second": [],
+        "characters a second": [],
+    }
+    tokens = 0
     for result in good:
         count = 0 if result.usage is None else result.usage.output_tokens
         tokens += count
-        if count and result.ttft is not None and result.elapsed > result.ttft:
-            speeds.add(count / (result.elapsed - result.ttft))
-    rows = [("first text, s", summary.ttft), ("whole, s", summary.duration), ("tokens a second", speeds.percentiles())]
-    lines = [f"{'':<18}{'p50':>9}{'p90':>9}{'p99':>9}"]
-    for name, values in rows:
-        shown = ["-"] * 3 if values is None else [f"{value:.2f}" for value in values]
-        lines.append(f"{name:<18}" + "".join(f"{value:>9}" for value in shown))
+        columns["whole, s"].append(result.elapsed)
+        if result.ttft is not None:
+            columns["first text, s"].append(result.ttft)
+            seconds = result.elapsed - result.ttft
+            if seconds > 0:
+                columns["characters a second"].append(len(result.text) / seconds)
+                columns["tokens a second"] += [count / seconds] if count else []
+    lines = [f"{'':<20}{'mean':>9}{'p50':>9}{'p90':>9}{'p99':>9}"]
+    for name, values in columns.items():
+        sample = _Sample()
+        for value in values:
+            sample.add(value)
+        figures = [sum(values) / len(values), *(sample.percentiles() or ())] if values else []
+        lines.append(
+            f"{name:<20}" + "".join(f"{value:>9.2f}" for value in figures) if values else f"{name:<20}{'-':>9}"
+        )
     rate = "-" if summary.rate is None else f"{summary.rate:.2f}"
     speed = f"{tokens / summary.elapsed:.0f}" if tokens and summary.elapsed else "-"
     lines.append(f"{summary.succeeded} of {summary.total} answered, {rate} a second, {speed} tokens a second in all")
@@ -13086,7 +13247,7 @@ def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
 @_command(
     "serve",
     "Serve a chat page, which loses nothing when its connection is lost.",
-    _option("-m", "--model", help=_MODEL_HELP),
+    _ANY_MODEL,
     _provider_options,
     _SYSTEM,
     _option("--journal", metavar="DIR", help="the folder for answers (default: a temporary one)"),
@@ -13127,7 +13288,7 @@ def _serving_client(parser: Any, options: Any, stack: contextlib.ExitStack) -> C
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "examples", "local_provider.py")
         if options.provider or options.base_url or not os.path.exists(path):
             raise
-        _complain(f"sheepsse: {error}; until then a provider on this machine answers, always the same")
+        _complain(f"{error}; until then a provider on this machine answers, always the same")
         provider = stack.enter_context(_local_provider(path))
         return Client(base_url=provider.base_url, api_key=False, model=options.model or "local-model")
     if not options.model:

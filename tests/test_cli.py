@@ -150,6 +150,148 @@ def test_a_system_message_goes_before_the_prompt(server):
     assert [message["role"] for message in server.requests[0].json["messages"]] == ["system", "user"]
 
 
+def test_standard_input_goes_before_the_prompt(server):
+    where = ("-m", "m", "--base-url", server.base_url, "--no-key")
+    assert command("Summarise:", *where, input=b"A report.\n").returncode == 0
+    assert server.requests[0].json["messages"] == [{"role": "user", "content": "A report.\n\nSummarise:"}]
+
+
+def test_words_without_quotes_are_one_prompt(server):
+    assert command("Explain", "SSE", "-m", "m", "--base-url", server.base_url, "--no-key", "now").returncode == 0
+    assert server.requests[0].json["messages"][0]["content"] == "Explain SSE now"
+
+
+def test_options_of_the_request_are_json_or_text(server):
+    options = ("-o", "temperature", "0.2", "-o", "user", "ann", "-o", "tools", "[]", "--max-tokens", "5", "-s", "Brief")
+    assert ask(server, *options).returncode == 0
+    body = server.requests[0].json
+    assert (body["temperature"], body["user"], body["tools"], body["max_tokens"]) == (0.2, "ann", [], 5)
+    assert body["messages"][0] == {"role": "system", "content": "Brief"}
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoint", "deadline", "client", "messages"])
+def test_an_option_of_ours_is_none_of_the_request(server, name):
+    done = ask(server, "-o", name, "5")
+    assert (done.returncode, server.requests) == (2, [])
+    assert f"-o takes options of the request, not {name}".encode() in done.stderr
+
+
+def test_a_misspelt_option_of_the_request_is_an_error_and_not_sent(server):
+    done = ask(server, "-o", "temprature", "5")
+    assert (done.returncode, server.requests) == (2, [])
+    assert b"did you mean temperature" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_the_model_may_come_from_the_environment(server):
+    where = ("--base-url", server.base_url, "--no-key")
+    assert command("Good day?", *where, env={"SHEEPSSE_MODEL": "m-env"}).returncode == 0
+    assert command("Good day?", *where, "-m", "m-own", env={"SHEEPSSE_MODEL": "m-env"}).returncode == 0
+    assert [request.json["model"] for request in server.requests] == ["m-env", "m-own"]
+
+
+@pytest.mark.parametrize(("word", "near"), [("bathc", "batch"), ("model", "models"), ("chek", "check")])
+def test_a_lone_word_that_is_nearly_a_command_is_not_sent(server, word, near):
+    where = ("-m", "m", "--base-url", server.base_url, "--no-key")
+    done = command(word, *where)
+    assert (done.returncode, server.requests) == (2, [])
+    assert f"did you mean the command '{near}'".encode() in done.stderr
+    assert command("hello", *where).returncode == command(word, "it", *where).returncode == 0
+
+
+@pytest.mark.parametrize(("entered", "status"), [("y\n", 0), ("n\n", 2), ("", 2)])
+def test_on_a_terminal_such_a_word_is_sent_after_a_yes(server, monkeypatch, entered, status):
+    monkeypatch.setattr(sys, "stdin", Terminal(entered))
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(sheepsse.main(["bathc", "-m", "m", "--base-url", server.base_url, "--no-key"]))
+    assert ended.value.code == status
+    assert len(server.requests) == (1 if status == 0 else 0)
+
+
+def test_a_retry_is_told_on_stderr(server):
+    server.answer(error_answer(429, headers={"retry-after-ms": "10"}))
+    done = ask(server)
+    assert done.returncode == 0
+    assert done.stderr == b"sheepsse: 429, trying again in 0 s\n"
+
+
+def test_an_error_speaks_of_the_options_of_the_shell(server):
+    done = command("Good day?", "-m", "m", "--base-url", server.base_url)
+    assert done.returncode == 1
+    assert b"pass --key-variable NAME; --no-key is for servers that take none" in done.stderr
+
+
+@pytest.mark.parametrize("options", [["--stats"], []], ids=["stats", "error"])
+def test_a_message_on_a_terminal_begins_on_a_line_of_its_own(server, monkeypatch, options):
+    both = Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys.stdout, "write", both.write)
+    monkeypatch.setattr(sys, "stderr", both)
+    done = {} if options else {"finish": None, "done": False}
+    server.answer(Answer(events=chat_events(["Good day"], **done)))
+    sheepsse.main(["x", "-m", "m", "--base-url", server.base_url, "--no-key", *options])
+    assert both.getvalue().startswith("Good day\n")
+    assert len(both.getvalue().splitlines()) == 2
+
+
+def test_models_are_the_names_alone(server):
+    done = command("models", "--base-url", server.base_url, "--no-key")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "local-model" in done.stdout.decode().splitlines()
+    done = command("models", "--base-url", "http://127.0.0.1:1/v1", "--no-key")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"no connection" in done.stderr
+
+
+def test_chat_keeps_the_conversation(server):
+    server.answer(Answer(text="Fine."), error_answer(400, "Too odd"), Answer(text="Well."))
+    where = ("-m", "m", "--base-url", server.base_url, "--no-key", "-s", "Brief")
+    done = command("chat", *where, input=b"How?\nWhat?\nWhy?\n")
+    assert done.returncode == 0
+    assert b"Too odd" in done.stderr
+    assert b"Fine." in done.stdout
+    assert b"Well." in done.stdout
+    assert [(message["role"], message["content"]) for message in server.requests[-1].json["messages"]] == [
+        ("system", "Brief"),
+        ("user", "How?"),
+        ("assistant", "Fine."),
+        ("user", "Why?"),
+    ]
+
+
+def test_ctrl_c_in_a_chat_stops_the_answer_and_keeps_the_conversation(server):
+    server.answer(Answer(text="One two three", stall_after=2), Answer(text="Well."))
+    start = [*SHELL, "chat", "-m", "m", "--base-url", server.base_url, "--no-key"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(start, env=environment(), **pipes) as process:
+        process.stdin.write(b"Count\n")
+        process.stdin.flush()
+        shown = b""
+        while b"One" not in shown:
+            shown += os.read(process.stdout.fileno(), 100)
+        process.send_signal(signal.SIGINT)
+        rest, told = process.communicate(b"Why?\n", timeout=HANG)
+    assert (process.returncode, b"stopped" in told, b"Well." in rest) == (0, True, True)
+    messages = server.requests[-1].json["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"].startswith("One")
+
+
+def test_cost_compares_mixes(server):
+    tokens = ("--input", "10000000", "--output", "50000000")
+    done = command("cost", *tokens, "--mix", "1:2.50:10", "--mix", "0.6:0.14:0.28", "0.4:2.50:10")
+    assert done.returncode == 0
+    rows = [line.split() for line in done.stdout.decode().splitlines()]
+    assert rows == [
+        ["cost", "saving", "a", "year", "mix"],
+        ["525.00", "0.00", "0.00", "1:2.50:10"],
+        ["219.24", "305.76", "3669.12", "0.6:0.14:0.28", "0.4:2.50:10"],
+    ]
+    for wrong in ("1:2.50", "0.5:1:1", "x:1:1"):
+        assert command("cost", *tokens, "--mix", wrong).returncode == 2
+
+
 def test_stats_go_to_stderr(server):
     done = ask(server, "--stats")
     assert b"characters in" in done.stderr
@@ -292,6 +434,7 @@ class Terminal(io.StringIO):
 
 def test_on_a_terminal_the_text_ends_with_a_line_end(server, monkeypatch):
     terminal = Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys, "stdout", terminal)
     server.answer(Answer(text=TEXT))
     assert sheepsse.main(["x", "-m", "m", "--base-url", server.base_url, "--no-key"]) == 0
@@ -395,6 +538,7 @@ HARMLESS = "Good[2J]0;title]52;c;eA==\\ day31m"
 
 def test_a_terminal_gets_text_without_control_sequences_and_a_pipe_as_it_is(server, monkeypatch):
     server.default = Answer(text=CONTROLS + "\n\tend")
+    monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert sheepsse.main(["x", "-m", "m", "--base-url", server.base_url, "--no-key"]) == 0
     assert sys.stdout.getvalue() == HARMLESS + "\n\tend\n"
@@ -411,8 +555,8 @@ def test_what_a_server_says_of_an_error_never_controls_a_terminal(server, tmp_pa
     (tmp_path / "in").write_text('{"custom_id": "1", "body": {"messages": [{"role": "user", "content": "Hi"}]}}\n')
     batch = ["batch", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", "m"]
     commands = {"check": ["check"], "bench": ["bench", "-m", "m"], "batch": batch}
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    for stream in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, Terminal())
     status = sheepsse.main([*commands.get(name, ["x", "-m", "m"]), "--base-url", server.base_url, "--no-key"])
     shown = sys.stdout.getvalue() + sys.stderr.getvalue()
     assert status == (0 if name == "refusal" else 1)
@@ -658,6 +802,7 @@ def test_cost_is_exact_or_says_that_nobody_knows():
     done = command("cost", "--input", "1000", "-m", "no-such-model")
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"no price is known for no-such-model" in done.stderr
+    assert b"pip install 'sheepsse[prices]'" in done.stderr
     for price in ("dear", "nan"):
         assert command("cost", "--input", "1", "--price", price, "1").returncode == 2
 
@@ -667,12 +812,14 @@ def test_bench_measures_each_request(server):
     done = command("bench", *where, "-n", "6", "-c", "3")
     assert (done.returncode, done.stderr) == (0, b"")
     lines = done.stdout.decode().splitlines()
-    assert lines[0].split() == ["p50", "p90", "p99"]
-    assert [line[:12] for line in lines[1:3]] == ["first text, ", "whole, s    "]
+    assert lines[0].split() == ["mean", "p50", "p90", "p99"]
+    names = [line[:20].strip() for line in lines[1:5]]
+    assert names == ["first text, s", "whole, s", "tokens a second", "characters a second"]
+    assert all(float(value) >= 0 for line in lines[1:5] for value in line[20:].split())
     assert lines[-1].startswith("6 of 6 answered")
     assert len(server.requests) == 6
     server.default = Answer(text="")
-    assert b"tokens a second           -" in command("bench", *where, "-n", "1").stdout
+    assert b"tokens a second             -" in command("bench", *where, "-n", "1").stdout
     assert command("bench", *where, "-n", "0").returncode == 2
     server.default = error_answer(500)
     done = command("bench", *where, "-n", "2")
@@ -681,39 +828,12 @@ def test_bench_measures_each_request(server):
     assert b"- " in done.stdout
 
 
-@pytest.mark.parametrize("name", ["batch", "check", "cost", "bench"])
+@pytest.mark.parametrize("name", ["batch", "chat", "check", "cost", "bench", "models", "serve"])
 def test_each_command_says_what_it_does(name):
     done = command(name, "--help")
     assert done.returncode == 0
     assert f"usage: sheepsse {name}".encode() in done.stdout
     assert name in command("--help").stdout.decode()
-
-
-def test_bench_draws_a_picture_where_matplotlib_is(server, tmp_path):
-    where = ("--base-url", server.base_url, "--no-key", "-m", "local-model")
-    fake = tmp_path / "matplotlib"
-    fake.mkdir()
-    (fake / "__init__.py").write_text("")
-    (fake / "figure.py").write_text(
-        "class Axes:\n"
-        "    def step(self, x, y, label): print(label, len(x), y[-1])\n"
-        "    def set(self, **texts): print(texts['title'])\n"
-        "    def legend(self): pass\n"
-        "class Figure:\n"
-        "    def subplots(self): return Axes()\n"
-        "    def savefig(self, name): open(name, 'w').close()\n"
-    )
-    paths = os.pathsep.join([str(tmp_path), str(MODULE.parent)])
-    where += ("-n", "4", "--plot", str(tmp_path / "out.png"))
-    done = command("bench", *where, start=SHELL, env={"PYTHONPATH": paths})
-    assert done.returncode == 0
-    assert b"first text 4 100.0" in done.stdout
-    assert b"local-model, 4 requests" in done.stdout
-    assert (tmp_path / "out.png").exists()
-    (fake / "figure.py").write_text("raise ImportError('broken')")
-    done = command("bench", *where, start=SHELL, env={"PYTHONPATH": paths})
-    assert done.returncode == 2
-    assert b"--plot needs matplotlib" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["bench", "-m", "m"], ["batch", "IN", "-o", "OUT", "-m", "m"]])
