@@ -8454,6 +8454,13 @@ class Stream:
                 if self._try_strategies(self._terms.resume, self._lost_state(), lost):
                     return
                 self._is_whole = self._is_whole or (self._lacks_only_its_end and bool(self._terms.resume))
+                if self._terms.resume == _AUTOMATIC and self._answer.given and not self._is_whole:
+                    server = self._sender.target.provider or "this server"
+                    lost.args = (
+                        f"{lost}. {server} cannot continue an answer: error.partial has the {len(self._answer.text)} "
+                        "characters that came. Use them as they are, or pass resume='verify': the request is then sent "
+                        "and billed again, and only what is missing is returned",
+                    )
             raise lost
         except StreamInterrupted as error:
             if error is not lost or not self._has_unreturned or self._is_whole or _is_late(self._wire):
@@ -8928,26 +8935,27 @@ class Client:
         if row and not urlsplit(base_url).path.strip("/"):  # the host alone
             base_url = urlunsplit(urlsplit(base_url)._replace(path=urlsplit(row.base_url).path))
         dialect = self._dialect or _dialect_of_url(base_url) or DIALECTS[row.dialect if row else "openai"]
-        key = self._key(row, base_url, headers)
+        key = None if self._needs_no_key(row, headers) else _checked_key(*self._key(row, base_url))
         key_headers = _Hidden({**(dialect.key_headers(key) if key else {}), **_key_headers(headers)})
         check_url = dialect.endpoint(base_url, (row and row.check_path) or dialect.models_path)
         return _Target(name, base_url, dialect, key_headers, check_url, row.continuation if row else "")
 
-    def _key(self, row: Provider | None, base_url: str, headers: Mapping[str, str]) -> str | None:
+    def _needs_no_key(self, row: Provider | None, headers: Mapping[str, str]) -> bool:
         if self._api_key is False or any(name.lower() in _KEY_STAND_INS for name in headers):
-            return None
+            return True
+        return self._api_key is None and row is not None and not row.key_variable
+
+    def _key(self, row: Provider | None, base_url: str) -> tuple[str | None, str, Provider | None]:
+        """The key, where it is from, and the provider that it is for"""
         if isinstance(self._api_key, str):
-            return _checked_key(self._api_key, "api_key", row)
-        if row is not None and not row.key_variable:
-            return None
-        if row is None or _origin(base_url) != _origin(
-            row.base_url
-        ):  # a key from the environment goes to its own provider only
-            return _checked_key(None, f"the call to {_public_url(base_url)}", None)
+            return self._api_key, "api_key", row
+        # a key from the environment goes to its own provider only
+        if row is None or _origin(base_url) != _origin(row.base_url):
+            return None, f"the call to {_public_url(base_url)}", None
         source = row.key_variable
         if self.provider is None and self.base_url is None and _is_placeholder(_key_of_environment(row)):
             source = f"the environment ({_key_variables()})"
-        return _checked_key(_key_of_environment(row), source, row)
+        return _key_of_environment(row), source, row
 
     def check(self, timeout: float = 10) -> Health:
         """Whether the provider can be reached and accepts the key; sends one small request that is not billed

@@ -1,11 +1,12 @@
 """Section 11, what may be passed: options by name, keys, addresses, and values of the wrong type"""
 
 import contextlib
+import traceback
 
 import pytest
 
 import sheepsse
-from local_provider import DIALECT_BASES
+from local_provider import DIALECT_BASES, Answer
 
 SECRET = "http://bob:s3cret@proxy"
 KEYS = [row.key_variable for row in sheepsse.PROVIDERS.values() if row.key_variable]
@@ -245,3 +246,36 @@ def test_check_says_that_no_key_serves_the_model(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k-12345")
     with contextlib.closing(sheepsse.Client(model="claude-x")) as client:
         assert client.check().status == "no_key"
+
+
+# What a first error shows
+
+
+@pytest.mark.parametrize("method", ["stream", "complete"])
+@pytest.mark.parametrize("failing", ["key", "connection", "option"])
+def test_a_traceback_has_few_frames_of_ours(server, method, failing):
+    settings = {"provider": "deepseek"} if failing == "key" else {"base_url": "http://127.0.0.1:1/v1", "api_key": False}
+    with contextlib.closing(sheepsse.Client(retry=0, **settings)) as client:
+        try:
+            "".join(
+                getattr(client, method)("Good day?", model="m", **({"temprature": 1} if failing == "option" else {}))
+            )
+        except (sheepsse.SheepError, TypeError) as error:
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [frame for frame in frames if frame.f_code.co_filename == sheepsse.__file__]
+    assert 1 <= len(ours) <= 6
+
+
+def test_a_cut_that_cannot_be_resumed_says_what_came_and_what_to_do(server):
+    server.answer(Answer(text="One two three", cut_after=3))
+    with pytest.raises(sheepsse.StreamInterrupted) as caught:
+        list(sheepsse.stream("Good day?", model="m", base_url=server.base_url, api_key=False))
+    count = len(caught.value.partial.text)
+    assert count
+    said = str(caught.value)
+    assert said.startswith("the connection was lost in the middle of the answer")
+    assert f"this server cannot continue an answer: error.partial has the {count} characters that came." in said
+    assert "pass resume='verify'" in said
+    server.answer(Answer(text="One two three", cut_after=3), Answer(text="One two three"))
+    again = sheepsse.stream("Good day?", model="m", base_url=server.base_url, api_key=False, resume="verify")
+    assert "".join(again) == "One two three"
