@@ -756,6 +756,7 @@ class Completion(NamedTuple):
     finish_reason: why it ended, in the vendor's word; None before the end
     complete: False after an error, a cancel or an early end of reading
     vendor: by the name of the dialect: what the next request must send back to the vendor
+    cost: of the usage, as ``Stream.cost``; None where it is unknown
     """
 
     text: str = ""
@@ -768,6 +769,10 @@ class Completion(NamedTuple):
     id: str = ""
     complete: bool = False
     vendor: Mapping[str, Any] | None = None
+    cost: Decimal | None = None
+
+    def __str__(self) -> str:
+        return self.text
 
     @property
     def message(self) -> dict[str, Any]:
@@ -8024,7 +8029,21 @@ class Stream:
         return _Plan(ask, _new_dialect(self._sender.request, ask))
 
     def __iter__(self) -> Stream:
+        if self._is_over and self._answer.complete:
+            raise RuntimeError("this stream has been read: its text is stream.text; stream() makes another request")
         return self
+
+    def __await__(self) -> Any:
+        raise TypeError("a Stream is read by for, in a thread: await asyncio.to_thread(list, stream)")
+
+    __aiter__ = __await__
+
+    def __repr__(self) -> str:
+        if not self._is_open and not self._is_over:
+            state = "not started, iterate it"
+        else:
+            state = f"{len(self.text)} characters, {'read to its end' if self._is_over else 'not at its end'}"
+        return f"<Stream {self.model}: {state}>"
 
     def __next__(self) -> str:
         while True:
@@ -8712,7 +8731,7 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """All of the answer so far"""
-        return self._answer.completion()
+        return self._answer.completion()._replace(cost=self.cost)
 
     @property
     def _attempts(self) -> int:

@@ -1,11 +1,13 @@
 """Sections 9 and 11, one Stream over real sockets: at once, whole or an error, and its connection let go"""
 
+import asyncio
 import contextlib
 import gc
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import ssl
@@ -672,7 +674,7 @@ def test_cancel_after_the_end_does_nothing(server, client):
     assert list(stream) == WORDS
     stream.cancel()
     stream.cancel()
-    assert list(stream) == []
+    assert next(stream, None) is None
     assert stream.completion.complete
     assert list(client.stream("Go")) == WORDS
     assert server.connections == 1
@@ -1090,14 +1092,6 @@ def test_an_error_of_a_hook_comes_through_and_lets_go(server, keeps_files):
 
 
 # One reader
-
-
-def test_a_stream_is_iterable_once(server, client):
-    stream = client.stream("Go")
-    assert iter(stream) is stream
-    assert list(stream) == WORDS
-    assert list(stream) == list(stream.chunks()) == []
-    assert len(server.requests) == 1
 
 
 def test_words_and_chunks_are_one_stream(client):
@@ -2160,3 +2154,51 @@ def test_usage_in_each_event_is_that_of_the_last_chunk_returned(server):
         stream.cancel()
         _, error = read(stream)
         assert error.partial.usage.output_tokens == error.resume_point.tokens_received == 201
+
+
+# What a Stream says of itself
+
+
+def test_a_second_iteration_is_an_error_that_says_where_the_text_is(server, client):
+    stream = client.stream("Go")
+    assert next(stream)
+    assert "".join(stream)  # what is left
+    with pytest.raises(RuntimeError, match="this stream has been read: its text is stream.text"):
+        list(stream)
+    assert next(stream, None) is None
+    assert list(stream.chunks()) == []
+    assert stream.text == TEXT
+    assert len(server.requests) == 1
+
+
+def test_its_repr_says_what_to_do(server, client):
+    stream = client.stream("Go", model="m-1")
+    assert repr(stream) == "<Stream m-1: not started, iterate it>"
+    next(stream)
+    assert re.fullmatch(r"<Stream .+: \d+ characters, not at its end>", repr(stream))
+    list(stream)
+    assert repr(stream).endswith(f": {len(TEXT)} characters, read to its end>")
+
+
+def test_in_asyncio_it_says_how_to_read_it(server, client):
+    async def awaits():
+        await client.stream("Go")
+
+    async def iterates():
+        async for _ in client.stream("Go"):
+            pass
+
+    for wrong in (awaits, iterates):
+        with pytest.raises(TypeError, match="asyncio.to_thread"):
+            asyncio.run(wrong())
+
+
+def test_a_completion_is_its_text_and_knows_its_cost(server):
+    prices = {"m": sheepsse.Price(1, 2)}
+    with sheepsse.Client(base_url=server.base_url, api_key=False, prices=prices) as client:
+        answer = client.complete("Go", model="m")
+        stream = client.stream("Go", model="m")
+        list(stream)
+    assert str(answer) == answer.text == TEXT
+    assert answer.cost == stream.cost == stream.completion.cost
+    assert answer.cost > 0
