@@ -8769,6 +8769,7 @@ class Client:
     the limits then reach a read, but not a wait for headers, nor bytes that trickle inside a chunk's size.
     ``verify``, ``proxies`` and ``cert`` are as in requests, and replace those of the environment: ``proxies={}`` is no
     proxy.
+    ``continuation`` says that the server continues a partial answer, and how: as deepseek, mistral, vllm or anthropic.
     ``format`` ("sse" or "json") overrides what the answer's Content-Type says; ``max_event_size`` and
     ``max_answer_size`` are in bytes: a larger event is an InvalidStreamError, more text, reasoning and arguments a
     StreamError.
@@ -8796,6 +8797,7 @@ class Client:
         limiter: Limiter | _BoundLimiter | Any = None,
         breaker: CircuitBreaker | None = None,
         prices: Mapping[str, Price] | None = None,
+        continuation: str | None = None,
         session: requests.Session | None = None,
         headers: Mapping[str, str] | None = None,
         verify: bool | str = True,
@@ -8823,6 +8825,9 @@ class Client:
         #: what replaces the settings of the environment; it may hold the password of a proxy
         self._connection = _Hidden({name: value for name, value in given.items() if value is not None})
         self._dialect = None if dialect is None else _dialect(dialect)
+        if continuation is not None and continuation not in _CONTINUATIONS:
+            raise ValueError(f"continuation is one of {', '.join(_CONTINUATIONS)}, got {continuation!r}")
+        self._continuation = continuation
         limits = _as_pair(timeout), first_timeout, idle_timeout
         self._options = _CallOptions(Retry(), *limits, _Hidden(), None, 0, 0).but(
             retry=retry,
@@ -8863,7 +8868,7 @@ class Client:
             )
         options = self._options._replace(limiter=None, breaker=None)
         asked = self.provider, self.base_url, self._api_key, self._dialect, self.model
-        return _client_of, (*asked, dict(self._connection), options)
+        return _client_of, (*asked, {**self._connection, "continuation": self._continuation}, options)
 
     def close(self) -> None:
         """Closes the idle connections, unless the session is the caller's own"""
@@ -8957,7 +8962,8 @@ class Client:
         key = None if self._needs_no_key(row, headers) else _checked_key(*self._key(row, base_url))
         key_headers = _Hidden({**(dialect.key_headers(key) if key else {}), **_key_headers(headers)})
         check_url = dialect.endpoint(base_url, (row and row.check_path) or dialect.models_path)
-        return _Target(name, base_url, dialect, key_headers, check_url, row.continuation if row else "")
+        continuation = self._continuation or (row.continuation if row else "")
+        return _Target(name, base_url, dialect, key_headers, check_url, continuation)
 
     def _needs_no_key(self, row: Provider | None, headers: Mapping[str, str]) -> bool:
         if self._api_key is False or any(name.lower() in _KEY_STAND_INS for name in headers):

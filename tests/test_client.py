@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import pickle
 import re
 import socket
 import ssl
@@ -1213,3 +1214,15 @@ def test_an_answer_without_content_is_no_stream_and_not_asked_for_again(server):
     assert type(error) is sheepsse.InvalidStreamError
     assert error.status == 204
     assert len(server.requests) == 1
+
+
+def test_a_client_may_say_how_its_server_continues_a_partial_answer(server):
+    server.answer(Answer(text="One two three four", cut_after=3), Answer(text=" three four"))
+    with sheepsse.Client(base_url=server.base_url, api_key=False, continuation="vllm") as client:
+        stream = client.stream("Count", model="m")
+        assert "".join(stream).startswith("One")
+        assert stream.continuity == "continued"
+        assert server.requests[1].json["continue_final_message"] is True
+        assert pickle.loads(pickle.dumps(client))._continuation == "vllm"
+    with pytest.raises(ValueError, match="continuation is one of deepseek, mistral, vllm, anthropic"):
+        sheepsse.Client(base_url=server.base_url, continuation="magic")

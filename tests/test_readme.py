@@ -1,8 +1,12 @@
-"""The README's examples do what it says"""
+"""The README's examples do what it says, and so do the guide's"""
 
+import builtins
+import contextlib
+import io
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 
@@ -14,18 +18,78 @@ from conftest import ROOT
 from transcripts import sse
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def blocks(text, language="python"):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def block_with(words):
-    (block,) = [block for block in BLOCKS if words in block]
-    return block
+    return next(block for block in blocks(README) + blocks(GUIDE) if words in block)
 
 
-def test_every_example_is_python():
-    assert len(BLOCKS) > 5
-    for number, block in enumerate(BLOCKS):
-        compile(block, f"README.md, example {number}", "exec")
+def test_every_example_of_the_guide_is_python():
+    assert len(blocks(GUIDE)) > 5
+    for number, block in enumerate(blocks(GUIDE)):
+        compile(block, f"docs/guide.md, example {number}", "exec")
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert README.count("\n") <= 250
+    pages = [(ROOT, README), (ROOT / "docs", GUIDE)]
+    for name in ("internals", "benchmarks"):
+        pages.append((ROOT / "docs", (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")))
+    for folder, text in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (folder / link).exists(), link
+
+
+@pytest.fixture
+def newcomer(server, monkeypatch, tmp_path):
+    """Somebody with a key for each provider, in an empty folder; this machine's provider answers for all"""
+    for name, row in sheepsse.PROVIDERS.items():
+        base_url = server.origin + local_provider.DIALECT_BASES[row.dialect]
+        monkeypatch.setitem(sheepsse.PROVIDERS, name, row._replace(base_url=base_url, base_variable=""))
+        monkeypatch.setenv(row.key_variable or "NO_KEY", "k-12345")
+    monkeypatch.chdir(tmp_path)
+    lines = iter(["Good day?", "Why?", ""])
+    monkeypatch.setattr(builtins, "input", lambda prompt="": next(lines))
+    sheepsse._default_client.cache_clear()
+    yield server
+    sheepsse._default_client().close()
+    sheepsse._default_client.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore")  # an old Flask
+def test_every_example_of_the_readme_runs_one_after_another(newcomer, capsys, monkeypatch):
+    pytest.importorskip("flask")
+    names = {"__name__": "__main__", "weather": lambda city: f"Rain in {city}"}
+    examples = blocks(README)
+    assert len(examples) >= 8
+    for number, block in enumerate(examples):
+        code = block.replace("http://localhost:8000/v1", newcomer.base_url)
+        exec(compile(code, f"README.md, example {number}", "exec"), names)
+        if "import flask" not in block:
+            assert capsys.readouterr().out, block
+    names["client"].close()
+    assert "/chat/stream" in {rule.rule for rule in names["app"].url_map.iter_rules()}
+
+
+def test_every_command_of_the_readme_runs(newcomer, capsys, monkeypatch, tmp_path):
+    (tmp_path / "in.jsonl").write_text('"Hello"\n"Good day"\n')
+    (shell,) = [block for block in blocks(README, "sh") if "sheepsse batch" in block]
+    commands = [line for line in shell.splitlines() if " serve " not in line]  # which runs until Ctrl-C
+    assert len(commands) >= 8
+    for line in commands:
+        given, _, command = line.rpartition("| ")
+        monkeypatch.setattr(sys, "stdin", io.StringIO("A report." if given else ""))
+        words = shlex.split(command or line)
+        assert words[:3] == ["python", "-m", "sheepsse"]
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            assert sheepsse.main(words[3:]) == 0, line
+        assert shown.getvalue() or "batch" in line
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_dialect_of_ones_own_takes_a_screenful_and_works(server, monkeypatch):

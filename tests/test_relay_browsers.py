@@ -368,3 +368,14 @@ def test_a_plain_event_source_gets_everything_once_over_cuts(serve, server, jour
     opened = len(server.requests)
     time.sleep(0.5)
     assert len(server.requests) == opened
+
+
+def test_the_page_of_the_readme_shows_the_answer_once_over_lost_connections(serve, server, journal, tab):
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (page,) = re.findall(r"^```html\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    server.default = Answer(text=WHOLE, pace=0.005)
+    relay = serve(relay=journal, cut_every=50, retry=50, pages={"/page": "<!DOCTYPE html>" + page})
+    shown = tab(relay.origin + "/page")
+    wait_until(lambda: shown.run('document.querySelector("#status").textContent') == "done")
+    assert shown.run('document.querySelector("#answer").textContent') == WHOLE
+    assert len(server.requests) == 1
