@@ -4189,7 +4189,10 @@ def cost(
 def _exact(number: Decimal | float | str) -> Decimal:
     from decimal import Decimal
 
-    exact = Decimal(str(number))
+    try:
+        exact = Decimal(str(number))
+    except ArithmeticError:
+        exact = Decimal("nan")
     if not exact.is_finite():
         raise ValueError(f"expected a number, got {number!r}")
     return exact
@@ -4662,11 +4665,13 @@ class Limiter:
         with limiter.acquire(priority=1, user="ann"):
             ...
 
-    Up to ``max_queue`` others wait, for ``queue_timeout`` seconds at most (None is for ever): the highest priority
-    first, equals in order of arrival. No more than ``rate`` begin in any ``period`` seconds. As ``limiter=`` of a
-    Client or a call it gives each stream a slot, from before the first request until the stream is at its end,
-    whatever that is; what a provider says of its limits makes the requests to it wait. ``clock`` gives seconds and must
-    never go back; ``sleep`` waits for some, if it is given; else those who wait are woken.
+    Up to ``max_queue`` others wait: the highest priority first, equals in order of arrival. They wait ``queue_timeout``
+    seconds at most; None is no limit, and "auto" is 30, or two periods where there is a ``rate`` and these are longer.
+    A batch waits without limit, unless a number is passed. No more than ``rate`` begin in any ``period`` seconds, and
+    of these no more than ``burst`` at once: 1 spaces them evenly, None is ``rate``. As ``limiter=`` of a Client or a
+    call it gives each stream a slot, from before the first request until the stream is at its end, whatever that is;
+    what a provider says of its limits makes the requests to it wait. ``clock`` gives seconds and must never go back;
+    ``sleep`` waits for some, if it is given; else those who wait are woken.
     """
 
     def __init__(
@@ -4675,18 +4680,25 @@ class Limiter:
         max_queue: int = 100,
         rate: int | None = None,
         period: float = 60,
-        queue_timeout: float | None = 30,
+        queue_timeout: float | str | None = "auto",
         max_per_user: int | None = None,
         *,
+        burst: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
+        if isinstance(queue_timeout, str) and queue_timeout != "auto":
+            raise TypeError(f"queue_timeout is a number of seconds, None or 'auto', got {queue_timeout!r}")
         if max_concurrent < 1 or max_queue < 0 or period <= 0:
             raise ValueError("a Limiter has max_concurrent of 1 or more, max_queue of 0 or more, period above 0")
-        if any(limit is not None and limit < 1 for limit in (rate, max_per_user)):
-            raise ValueError("rate and max_per_user of a Limiter are 1 or more, or None")
+        if any(limit is not None and limit < 1 for limit in (rate, burst, max_per_user)):
+            raise ValueError("rate, burst and max_per_user of a Limiter are 1 or more, or None")
         self.max_concurrent, self.max_queue, self.max_per_user = max_concurrent, max_queue, max_per_user
-        self.rate, self.period, self.queue_timeout = rate, period, queue_timeout
+        self.rate, self.period, self.burst = rate, period, burst
+        self._is_patient = queue_timeout == "auto"  # whether a batch waits without limit
+        self.queue_timeout: float | None = (
+            max(30.0, 2 * period if rate else 0.0) if isinstance(queue_timeout, str) else queue_timeout
+        )
         self._clock, self._sleep = clock, sleep
         self._starts: collections.deque[float] = collections.deque(maxlen=rate)
         self._held_until: dict[str, float] = {}  # for each provider, by what it says of its limits
@@ -4761,10 +4773,12 @@ class Limiter:
         bell: _Bell | None = None,
         check: Callable[[], object] = bool,
         origin: str = "",
+        is_batch: bool = False,
     ) -> Slot:
         """``bell`` wakes the waiting caller; then ``check()`` raises if the wait is to end"""
         hash(user)  # an unhashable user is refused here, not while others wait
-        limits = [limit for limit in (timeout, self.queue_timeout) if limit is not None]
+        own_limit = None if is_batch and self._is_patient else self.queue_timeout
+        limits = [limit for limit in (timeout, own_limit) if limit is not None]
         until = self._clock() + min(limits) if limits else None
         bell = _Bell() if bell is None else bell
         with self._settled():
@@ -4827,8 +4841,14 @@ class Limiter:
             self._queue.remove(waiter)
             self._timed_out += 1
             self._ring()
+            if self._delay(now):
+                cause = f"the rate={self.rate} in period={self.period:g} s lets no more begin: raise rate="
+            else:
+                cause = f"{self._active} of max_concurrent={self.max_concurrent} are active: raise max_concurrent="
             raise QueueTimeoutError(
-                f"waited too long for a slot, at place {place} of the queue", retry_after=self._guess(waiter, place)
+                f"waited too long for a slot, at place {place} of the queue; {cause} or queue_timeout=, "
+                "which is None for no limit",
+                retry_after=self._guess(waiter, place),
             )
         if is_new:
             self._ring()
@@ -4903,9 +4923,12 @@ class Limiter:
 
     def _delay(self, now: float) -> float:
         """Seconds until the rate allows one more"""
-        if self.rate is None or len(self._starts) < self.rate:
-            return 0.0
-        return max(0.0, self._starts[0] + self.period - now)
+        moments = [now]
+        if self.rate is not None:
+            for count in {self.rate, min(self.burst or self.rate, self.rate)}:  # which may begin at once
+                if len(self._starts) >= count:
+                    moments.append(self._starts[-count] + self.period * count / self.rate)
+        return max(moments) - now
 
     def _guess(self, waiter: _Waiter, place: int) -> float:
         """Seconds until the waiter at this position may get a slot, by how long recent slots were held"""
@@ -7695,6 +7718,9 @@ class _CallOptions(NamedTuple):
         for model, price in (given.get("prices") or {}).items():
             if not isinstance(price, Price):
                 raise TypeError(f"prices are sheepsse.Price(input, output) by model, got {price!r} for {model!r}")
+            for number in price:
+                if number is not None:
+                    _exact(number)
         return self._replace(**given)
 
 
@@ -7989,6 +8015,7 @@ class Stream:
         self._wire = _Wire()  # one for all connections
         self._lock = threading.Lock()  # held by the thread that reads
         self._is_open = False
+        self._is_of_batch = False  # which waits for its slots without limit
         self._is_over = False
         self._is_released = False  # whether nothing is held any more
         self._attempts_before = 0  # by senders before this one
@@ -8162,6 +8189,7 @@ class Stream:
                 bell=self._wire.wake,
                 check=self._check_not_ended,
                 origin=self._sender.origin,
+                is_batch=self._is_of_batch,
             )
         except QueueTimeoutError as error:
             if not _is_late(self._wire):
@@ -9156,22 +9184,22 @@ class Options(TypedDict, total=False):
 
 if TYPE_CHECKING:
 
-    class _CompleteOptions(Options, total=False):
-        """What a Client's complete() takes"""
-
+    class _SharedOptions(Options, total=False):
         model: str | None
-        checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None
         refresh: bool
         alignment: TokenAlignment | None
         deadline: float | None
         on_retry: Callable[[SheepError, int, float], object] | None
 
-    class _StreamOptions(_CompleteOptions, total=False):
-        """What a Client's stream() takes, and each request of a batch"""
-
+    class _BatchOptions(_SharedOptions, total=False):
         resume: str | Sequence[str]
-        resume_from: SheepError | ResumePoint | Mapping[str, Any] | Sequence[Any] | None
         fallback: bool
+
+    class _CompleteOptions(_SharedOptions, total=False):
+        checkpoint: str | os.PathLike[str] | Checkpoints | _Checkpoint | None
+
+    class _StreamOptions(_BatchOptions, _CompleteOptions, total=False):
+        resume_from: SheepError | ResumePoint | Mapping[str, Any] | Sequence[Any] | None
 
 
 #: options of requests and of the vendors' SDKs that are none of ours, and what to do instead
@@ -9472,18 +9500,14 @@ def _result(job: _Job, open_stream: Callable[..., Stream]) -> Result:
     elapsed = time.monotonic() - start
     if answer is None:
         return Result(job.id, job.index, elapsed=elapsed, error=error)
-    completion, stats, spent = answer.completion, answer.stats, None
-    try:
-        spent = answer.cost
-    except (ArithmeticError, ValueError) as failure:  # an invalid price
-        error = error or failure
+    completion, stats = answer.completion, answer.stats
     return Result(
         job.id,
         job.index,
         completion.text,
         completion,
         completion.usage,
-        spent,
+        completion.cost,
         elapsed,
         stats.ttft,
         stats.attempts,
@@ -9524,11 +9548,13 @@ class Batch:
         ordered: bool,
         progress: Callable[[Result], object],
         owned: Sequence[Client],
+        stop_on: tuple[type[Exception], ...],
     ) -> None:
         self._reading = threading.Lock()  # held by the thread that reads
         self._closed = False
         self._end: float | None = None
-        self._failure: Exception | None = None  # of the iterator of requests
+        self._failure: Exception | None = None  # of the iterator of requests, or one of stop_on
+        self._stop_on = stop_on
         self._jobs: Iterator[_Job] | None = jobs
         self._run = run
         self._in_flight = in_flight
@@ -9614,6 +9640,8 @@ class Batch:
         if self._closed and isinstance(result.error, StreamCancelled):
             return
         self._ready[result.index] = result
+        if isinstance(result.error, self._stop_on):  # the requests after it would fail too
+            self._failure, self._jobs = self._failure or result.error, None
         self._count(result)
         self._progress(result)
 
@@ -9701,6 +9729,7 @@ class _Threads:
 
         def open_stream(*args: Any, **params: Any) -> Stream:
             answer = self._open_stream(*args, **params)
+            answer._is_of_batch = True
             opened.append(answer)
             with self._lock:
                 self._open.add(answer)
@@ -9744,7 +9773,7 @@ class _Processes:
         try:
             _check_keyless(job.params)
             if self._limiter is not None:
-                slot.enter_context(self._limiter.acquire())
+                slot.enter_context(self._acquired())
             admission = None if self._breaker is None else self._breaker.enter()
             future = self._executor.submit(_work, self._clients, job)
         except Exception as error:
@@ -9759,6 +9788,12 @@ class _Processes:
 
         future.add_done_callback(done)
         return future
+
+    def _acquired(self) -> Any:
+        limiter = self._limiter.bind() if isinstance(self._limiter, Limiter) else self._limiter
+        if isinstance(limiter, _BoundLimiter):
+            return limiter.limiter._acquire(limiter.priority, limiter.user, limiter.on_position, is_batch=True)
+        return limiter.acquire()
 
     def cancel(self) -> None:
         """Does nothing: a request in another process runs to its end"""
@@ -9784,7 +9819,8 @@ def batch(
     ordered: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Callable[[Result], object] | None = None,
-    **params: Any,
+    stop_on: type[Exception] | Sequence[type[Exception]] = (AuthenticationError, QuotaError),
+    **params: Unpack[_BatchOptions],
 ) -> Batch:
     """The answers to many requests, as Results: as completed, or in the order of requests with ``ordered``
 
@@ -9793,8 +9829,9 @@ def batch(
 
     A request is a str, a list of messages, or a dict with ``messages``, perhaps an ``id``, and any options of
     ``stream``; ``params`` apply to all requests. Requests are drawn as workers become free, so ``requests`` may be an
-    endless generator. A failed request gives a Result with its ``error``, and never stops the others. Two requests
-    with the same id are a ValueError.
+    endless generator. A failed request gives a Result with its ``error``, and the others go on. After an error of
+    ``stop_on`` no more requests are drawn: those that run end, and the error is raised behind their results; ``()`` is
+    never. Two requests with the same id are a ValueError.
 
     Requests are made on ``workers`` threads, or by an ``executor`` of concurrent.futures: threads, processes, loky, or
     a Dask cluster by its ``get_executor(pure=False)``. Workers of other processes get plain data and no key: they read
@@ -9810,17 +9847,19 @@ def batch(
         raise TypeError("batch takes many requests: a list of them, or any other iterable")
     if workers < 1:
         raise ValueError(f"a batch has 1 worker or more, not {workers}")
-    _check_options(params, {*(stream.__kwdefaults__ or ())} - {"client"})
+    options = typing.cast("dict[str, Any]", params)
+    _check_options(options, {*(stream.__kwdefaults__ or ())} - {"client"})
     total = None
     if isinstance(requests, Sequence):
         collections.deque(_with_new_ids(requests), 0)
         total = len(requests)
     report = _progress(progress, total)
-    clients, owned = _clients_of(client, params)
-    run = _runner(clients, workers, executor, params)
+    clients, owned = _clients_of(client, options)
+    run = _runner(clients, workers, executor, options)
     folder = None if checkpoint is None else os.fsdecode(checkpoint)
     in_flight = 2 * (workers if executor is None else getattr(executor, "_max_workers", None) or 4 * workers)
-    return Batch(_jobs(requests, params, folder), run, in_flight, ordered, report, clients if owned else ())
+    to_close, stop = clients if owned else (), (stop_on,) if isinstance(stop_on, type) else tuple(stop_on)
+    return Batch(_jobs(requests, options, folder), run, in_flight, ordered, report, to_close, stop)
 
 
 def _runner(clients: Sequence[Client], workers: int, executor: Any, params: dict[str, Any]) -> _Threads | _Processes:
@@ -13184,8 +13223,6 @@ def _models(parser: Any, options: Any) -> int:
     ),
 )
 def _cost(parser: Any, options: Any) -> int:
-    from decimal import DecimalException
-
     usage = Usage(options.input, options.output, options.input + options.output, options.cached)
     try:
         if options.mix:
@@ -13193,7 +13230,7 @@ def _cost(parser: Any, options: Any) -> int:
             return 0
         price = Price(options.price[0], options.price[1], options.cached_price) if options.price else None
         spent = cost(usage, price, model=options.model, provider=options.provider)
-    except (DecimalException, ValueError) as error:
+    except ValueError as error:
         parser.error(f"a price is a number, and the shares of a mix are parts of 1: {error}")
     if spent is None:
         known = "no price is known" + (f" for {options.model}" if options.model else "")

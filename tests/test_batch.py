@@ -172,11 +172,11 @@ def test_a_batch_belongs_to_one_thread(server):
             results.close()
 
 
-def test_a_price_that_is_none_is_an_error_beside_the_answer(echo):
-    with asking(echo, prices={local_provider.MODEL: Price("a", 1)}) as client:
-        (result,) = batch(["one"], client=client)
-    assert (result.text, result.cost) == ("You said: one", None)
-    assert result.error is not None
+@pytest.mark.parametrize("price", [Price("a", 1), Price(1, "nan"), Price(1, 2, "inf")])
+def test_a_price_that_is_no_number_is_an_error_before_anything_is_sent(echo, price):
+    with pytest.raises(ValueError, match="expected a number, got"), asking(echo, prices={local_provider.MODEL: price}):
+        pass
+    assert echo.requests == []
 
 
 def test_no_requests_make_no_results_and_no_figures(echo):
@@ -688,7 +688,7 @@ def test_a_large_batch_with_every_fault_has_each_result_once(server):
 
     with asking(server, timeout=HANG) as client:
         requests = map(request, range(COUNT))
-        results = list(batch(requests, client=client, workers=16, resume="never"))
+        results = list(batch(requests, client=client, workers=16, resume="never", stop_on=()))
     assert len(results) == len({result.id for result in results}) == COUNT
     for result in results:
         number = int(result.id[1:])
@@ -713,3 +713,44 @@ def test_memory_does_not_grow_with_the_number_of_requests(monkeypatch):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 300_000  # the values for percentiles, of which 10,000 are kept at most
+
+
+# Errors that all requests would have
+
+
+@pytest.mark.parametrize(("status", "expected"), [(401, sheepsse.AuthenticationError), (402, sheepsse.QuotaError)])
+def test_a_wrong_key_or_a_spent_quota_stops_the_batch_after_what_runs(echo, status, expected):
+    drawn = []
+
+    def endless():
+        for number in itertools.count():
+            drawn.append(number)
+            yield f"prompt {number}"
+
+    echo.answer(Answer(text="done before"), error_answer(status))
+    echo.default = error_answer(status)
+    with asking(echo) as client:
+        results = batch(endless(), client=client, model="m", workers=1)
+        finished = []
+        with pytest.raises(expected):
+            for result in results:
+                finished.append(result)
+    assert finished[0].text == "done before"
+    assert isinstance(finished[1].error, expected)
+    assert len(drawn) <= 4
+    assert results.summary.succeeded == 1
+
+
+def test_a_batch_that_stops_on_nothing_returns_each_error(echo):
+    echo.default = error_answer(401)
+    with asking(echo) as client:
+        results = list(batch(PROMPTS, client=client, model="m", stop_on=()))
+    assert len(results) == len(PROMPTS)
+    assert all(isinstance(result.error, sheepsse.AuthenticationError) for result in results)
+
+
+def test_a_batch_may_stop_on_any_error(echo):
+    echo.default = error_answer(400)
+    with asking(echo) as client, pytest.raises(sheepsse.InvalidRequestError):
+        list(batch(PROMPTS, client=client, model="m", workers=1, stop_on=sheepsse.InvalidRequestError))
+    assert len(echo.requests) < len(PROMPTS) + 1

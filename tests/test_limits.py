@@ -1185,3 +1185,53 @@ def test_a_waiter_for_another_provider_takes_the_turn_of_one_that_is_held_back()
         bells[origin].ring()
         thread.join(HANG)
         assert not thread.is_alive()
+
+
+# The rate, and those who wait for it
+
+
+def test_a_rate_makes_wait_two_periods_by_default_and_a_batch_without_limit():
+    assert Limiter(rate=60, period=60).queue_timeout == 120
+    assert Limiter(rate=60, period=1).queue_timeout == Limiter().queue_timeout == 30
+    assert Limiter(rate=60, queue_timeout=None).queue_timeout is None
+    with pytest.raises(TypeError, match="'auto'"):
+        Limiter(queue_timeout="5")
+
+
+def test_a_batch_over_the_rate_waits_and_fails_none(server):
+    limiter = Limiter(4, rate=2, period=0.2)
+    limiter.queue_timeout = 0.01  # as if the default were too short
+    with asking(server, limiter=limiter) as client:
+        results = list(sheepsse.batch(["Hi"] * 7, client=client, model="m", workers=4))
+    assert [result.error for result in results] == [None] * 7
+    limiter = Limiter(4, rate=1, period=60, queue_timeout=0.01)  # a number of the caller's own holds
+    with asking(server, limiter=limiter) as client:
+        results = list(sheepsse.batch(["Hi"] * 3, client=client, model="m", workers=4))
+    assert sorted(type(result.error).__name__ for result in results) == ["NoneType", *["QueueTimeoutError"] * 2]
+
+
+@pytest.mark.parametrize(
+    ("rate", "burst", "begun"),
+    [(4, 1, [0, 15, 30, 45, 60]), (4, 2, [0, 0, 30, 30, 60]), (4, None, [0, 0, 0, 0, 60]), (4, 9, [0, 0, 0, 0, 60])],
+)
+def test_a_burst_says_how_many_of_the_rate_may_begin_at_once(rate, burst, begun):
+    clock = Clock()
+    limiter = Limiter(100, rate=rate, period=60, burst=burst, clock=clock, sleep=clock.sleep)
+    start = clock()
+    moments = []
+    for _ in range(5):
+        limiter.acquire()
+        moments.append(round(clock() - start))
+    assert moments == begun
+
+
+def test_the_error_of_a_long_wait_says_whether_it_was_the_rate_and_what_to_change():
+    clock = Clock()
+    limiter = Limiter(9, rate=1, period=60, queue_timeout=5, clock=clock, sleep=clock.sleep)
+    held = [limiter.acquire()]
+    with pytest.raises(sheepsse.QueueTimeoutError, match=r"the rate=1 in period=60 s lets no more begin: raise rate="):
+        limiter.acquire()
+    limiter = Limiter(1, queue_timeout=0.01)
+    held.append(limiter.acquire())
+    with pytest.raises(sheepsse.QueueTimeoutError, match="1 of max_concurrent=1 are active: raise max_concurrent="):
+        limiter.acquire()
