@@ -3866,8 +3866,8 @@ def _status_message(
         country = "the provider does not serve this country or region"
         firewall = "a firewall before the provider refused the request, not the key"
         advice = country if _is_of_country(reported) else firewall
-    elif not advice and not reported.message:
-        advice = f"is {where or 'the base URL'} the right address?"
+    elif not advice and (status == 404 or not reported.message):
+        advice = f"is {where or 'the base URL'} the right address? Pass the base_url that the provider documents"
     return f"{status} from {where or 'the server'}: {said.strip()}" + (f" ({advice})" if advice else "")
 
 
@@ -5530,10 +5530,14 @@ def session(retry: Retry | None = None, pool_size: int = 10) -> requests.Session
     """A requests.Session that retries by ``retry`` (``Retry()`` by default), for requests of your own
 
     The session acts by status and headers, before the body is read. The last response is returned as it is, and a
-    failed connection raises the errors of requests. Keeps up to ``pool_size`` connections to a host.
+    failed connection raises the errors of requests. Keeps up to ``pool_size`` connections to a host. Accepts an event
+    stream, unless a request sets another ``Accept``.
     """
     policy = Retry() if retry is None else retry
-    return _mounted(HTTPAdapter(max_retries=policy, pool_connections=pool_size, pool_maxsize=pool_size), _Session())
+    adapter = HTTPAdapter(max_retries=policy, pool_connections=pool_size, pool_maxsize=pool_size)
+    made = _mounted(adapter, _Session())
+    made.headers["Accept"] = "text/event-stream"
+    return made
 
 
 class _KeyAuth(AuthBase):
@@ -8635,6 +8639,7 @@ class Stream:
         self._answer.complete = False
         marks = self._marks.known if not self._plan.dialect.holds_half else ()  # another process would lose the half
         _set_partial(error, self._answer, marks)
+        error.partial = self.completion
         self._sender.completed(error)
         if isinstance(error, StreamCancelled):
             return

@@ -325,6 +325,12 @@ def require(fulfilled: Any, message: str) -> None:
         raise Refusal(message)
 
 
+def require_known(asked: Mapping[str, Any], known: str, message: str) -> None:
+    """Refusal of a field that is none of the known ones; %s in the message is its name."""
+    for name in asked:
+        require(name in known.split(), message % name)
+
+
 def split_words(text: str) -> list[str]:
     """The text as a model's tokens would have it, each word with the space before it; joined, they are the text."""
     return re.findall(r"\s*\S+|\s+", text)
@@ -525,9 +531,22 @@ def json_completion(
     return dumps(completion if usage is None else {**completion, "usage": usage})
 
 
+#: the fields of a chat completion: OpenAI's, and those of DeepSeek, Mistral, OpenRouter, vLLM and others that copy it
+_CHAT_FIELDS = """
+audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens messages metadata
+modalities model n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_retention
+reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options temperature
+tool_choice tools top_logprobs top_p user verbosity web_search_options
+add_generation_prompt best_of chat_template_kwargs continue_final_message guided_choice guided_grammar guided_json
+guided_regex ignore_eos include_reasoning length_penalty min_p min_tokens models plugins provider random_seed reasoning
+repetition_penalty route safe_prompt stop_token_ids think thinking top_a top_k transforms
+"""
+
+
 def chat_content(answer: Answer, request: Request) -> Content:
     """What POST .../chat/completions says: the answer's text, or a call of the first tool if the user may have one."""
     asked = request.json
+    require_known(asked, _CHAT_FIELDS, "Unrecognized request argument supplied: %s")
     tool, answer = _tool_wanted(asked), _chat_resumed(answer, request)
     deltas = _call_deltas(tool) if tool else split_words(answer.text)
     finish, model, usage = "tool_calls" if tool else "stop", asked.get("model", MODEL), _usage(asked, deltas)
@@ -790,10 +809,18 @@ def _response_tool(asked: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return tools[0] if tools and asked.get("tool_choice") != "none" and last.get("role") == "user" else None
 
 
+_RESPONSE_FIELDS = """
+background conversation context_management include input instructions max_output_tokens max_tool_calls metadata model
+parallel_tool_calls previous_response_id prompt prompt_cache_key prompt_cache_retention reasoning safety_identifier
+service_tier store stream stream_options temperature text tool_choice tools top_logprobs top_p truncation user
+"""
+
+
 def _check_responses(asked: Mapping[str, Any]) -> None:
     for name, place in _MOVED.items():
         moved = f"In the Responses API, this parameter has moved to '{place}'."
         require(name not in asked, f"Unsupported parameter: '{name}'. {moved}")
+    require_known(asked, _RESPONSE_FIELDS, "Unknown parameter: '%s'.")
     require("input" in asked, "Missing required parameter: 'input'.")
     usage_wanted = "include_usage" in (asked.get("stream_options") or {})
     require(not usage_wanted, "Unknown parameter: 'stream_options.include_usage'.")
@@ -999,11 +1026,16 @@ def _anthropic_tool(asked: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return tools[0] if tools and choice["type"] != "none" and spoke else None
 
 
+_MESSAGES_FIELDS = """
+cache_control container context_management inference_geo max_tokens mcp_servers messages metadata model output_config
+output_format service_tier stop_sequences stream system temperature thinking tool_choice tools top_k top_p
+"""
+
+
 def _check_anthropic(asked: Mapping[str, Any]) -> None:
     for name in ("model", "messages", "max_tokens"):
         require(name in asked, f"{name}: Field required")
-    for name in ("stop", "max_completion_tokens", "stream_options"):
-        require(name not in asked, f"{name}: Extra inputs are not permitted")
+    require_known(asked, _MESSAGES_FIELDS, "%s: Extra inputs are not permitted")
     for index, tool in enumerate(asked.get("tools") or []):
         require("name" in tool, f"tools.{index}.custom.name: Field required")
     budget = (asked.get("thinking") or {}).get("budget_tokens") or 0

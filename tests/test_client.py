@@ -70,11 +70,11 @@ def test_parameters_go_into_the_body_as_they_are(server, client):
 
 
 def test_extra_body_carries_what_collides_with_an_option_of_ours(server, client):
-    extra = {"provider": {"order": ["a"]}, "timeout": 5, "model": "another"}
-    list(client.stream("Go", extra_body=extra, temperature=1))
+    extra = {"provider": {"order": ["a"]}, "temperature": 0.5, "model": "another"}
+    list(client.stream("Go", extra_body=extra, top_p=1))
     sent = server.requests[0].json
     assert {name: sent[name] for name in extra} == extra
-    assert sent["temperature"] == 1
+    assert sent["top_p"] == 1
     assert "extra_body" not in sent
 
 

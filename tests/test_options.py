@@ -1,12 +1,13 @@
 """Section 11, what may be passed: options by name, keys, addresses, and values of the wrong type"""
 
 import contextlib
+import re
 import traceback
 
 import pytest
 
 import sheepsse
-from local_provider import DIALECT_BASES, Answer
+from local_provider import DIALECT_BASES, Answer, json_completion
 
 SECRET = "http://bob:s3cret@proxy"
 KEYS = [row.key_variable for row in sheepsse.PROVIDERS.values() if row.key_variable]
@@ -19,7 +20,10 @@ def no_keys(monkeypatch):
 
 
 def sent(server, **options):
-    """The body of a request with these options"""
+    """The body of a request with these options, to a server that takes any"""
+    server.default = Answer(body=json_completion("Good day"))
+    if "dialect" in options:
+        server.default = Answer()
     options.setdefault("base_url", server.base_url)
     sheepsse.complete("Good day?", model="m-1", api_key=False, **options)
     return server.requests[-1].json
@@ -279,3 +283,25 @@ def test_a_cut_that_cannot_be_resumed_says_what_came_and_what_to_do(server):
     server.answer(Answer(text="One two three", cut_after=3), Answer(text="One two three"))
     again = sheepsse.stream("Good day?", model="m", base_url=server.base_url, api_key=False, resume="verify")
     assert "".join(again) == "One two three"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "refused"),
+    [
+        ("openai", "Unrecognized request argument supplied: wrong_one"),
+        ("openai-responses", "Unknown parameter: 'wrong_one'."),
+        ("anthropic", "wrong_one: Extra inputs are not permitted"),
+        ("gemini", 'Unknown name "wrong_one"'),
+    ],
+)
+def test_the_local_provider_refuses_what_the_services_refuse(server, dialect, refused):
+    base_url = server.origin + DIALECT_BASES[dialect]
+    with sheepsse.Client(base_url=base_url, dialect=dialect, api_key=False) as client:
+        with pytest.raises(sheepsse.InvalidRequestError, match=re.escape(refused)):
+            client.complete("Good day?", model="m", extra_body={"wrong_one": 1})
+
+
+def test_a_wrong_path_names_the_url_and_what_to_try(server):
+    server.answer(Answer(status=404, body=b'{"error": {"message": "Not Found"}}'))
+    with pytest.raises(sheepsse.SheepError, match=r"/v9/chat/completions.* the right address\? Pass the base_url"):
+        sheepsse.complete("Good day?", model="m", base_url=server.origin + "/v9", api_key=False)

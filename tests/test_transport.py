@@ -1308,3 +1308,11 @@ def test_a_wire_that_was_ended_between_two_blocks_ends_the_body_of_a_session_of_
         wire.end("cancelled")
         with pytest.raises(StreamInterrupted):
             next(blocks)
+
+
+def test_a_session_accepts_an_event_stream_unless_a_request_says_otherwise(server):
+    with sheepsse.session() as session:
+        session.get(server.base_url + "/models")
+        session.get(server.base_url + "/models", headers={"Accept": "application/json"})
+    accepted = [request.headers.get_all("Accept") for request in server.requests]
+    assert accepted == [["text/event-stream"], ["application/json"]]
