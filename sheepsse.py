@@ -4508,6 +4508,7 @@ class TokenBucket:
             raise ValueError(f"a TokenBucket has a rate and a capacity above 0, got {rate!r} and {capacity!r}")
         self.rate, self.capacity = rate, capacity
         self._clock, self._sleep = clock, sleep
+        #: the tokens that are there; below 0, callers wait for as many
         self._tokens: float = capacity
         self._filled_at = clock()
         self._begin_process()
@@ -4515,58 +4516,44 @@ class TokenBucket:
 
     def _begin_process(self) -> None:
         self._lock = threading.Lock()
-        self._queue: dict[object, float] = {}  # the tokens of each waiting caller, in order of arrival
+        self._tokens = max(self._tokens, 0.0)  # the callers that wait are the parent's
 
     def try_acquire(self, n: float = 1) -> bool:
         """Takes ``n`` tokens if there are as many and no caller waits; ValueError for ``n`` above the capacity"""
-        self._check(n)
-        with self._lock:
-            return not self._queue and not self._delay(n, None)
+        return self._reserve(n, 0) is not None
 
     def acquire(self, n: float = 1, timeout: float | None = None) -> bool:
         """Takes ``n`` tokens, and waits for them; ValueError for ``n`` above the capacity
 
         Returns False, and takes none, as soon as it is clear that ``timeout`` seconds do not suffice.
         """
-        self._check(n)
-        until = None if timeout is None else self._clock() + timeout
-        turn = object()
+        delay = self._reserve(n, timeout)
+        if delay is None:
+            return False
+        ready = self._clock() + delay
         try:
+            while delay > 0:
+                self._sleep(max(delay, self._LEAST))
+                delay = ready - self._clock()
+        except BaseException:
             with self._lock:
-                self._queue[turn] = n
-            while True:
-                with self._lock:
-                    delay = self._delay(n, turn)
-                if not delay:
-                    return True
-                if until is not None and self._clock() + delay > until:
-                    return False
-                self._sleep(delay)
-        finally:
-            with self._lock:
-                self._queue.pop(turn, None)
+                self._tokens += n
+            raise
+        return True
 
-    def _check(self, n: float) -> None:
+    def _reserve(self, n: float, timeout: float | None) -> float | None:
+        """Takes tokens that are there in so many seconds; None, and takes none, where ``timeout`` is shorter"""
         if not 0 < n <= self.capacity:
             raise ValueError(f"a TokenBucket of capacity {self.capacity} gives more than 0 and up to that, not {n!r}")
-
-    def _delay(self, n: float, turn: object) -> float:
-        """Takes the tokens and returns 0, or returns the seconds until they and those of callers before are there"""
-        now = self._clock()
-        self._tokens = min(self.capacity, self._tokens + (now - self._filled_at) * self.rate)
-        self._filled_at = now
-        before = sum(self._ahead(turn))
-        if not before and n <= self._tokens:
+        with self._lock:
+            now = self._clock()
+            self._tokens = min(self.capacity, self._tokens + (now - self._filled_at) * self.rate)
+            self._filled_at = now
+            delay = max(0.0, (n - self._tokens) / self.rate)
+            if timeout is not None and delay > timeout:
+                return None
             self._tokens -= n
-            return 0.0
-        return max((before + n - self._tokens) / self.rate, self._LEAST)
-
-    def _ahead(self, turn: object) -> Iterator[float]:
-        """The tokens of the callers before this one"""
-        for other, n in self._queue.items():
-            if other is turn:
-                return
-            yield n
+            return delay
 
 
 #: the longest time in seconds that a response may hold requests back, without a Retry

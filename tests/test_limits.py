@@ -93,7 +93,7 @@ def test_who_tries_does_not_overtake_who_waits(clock):
     bucket = watched_bucket(clock, 1, 5)
     assert bucket.acquire(5)
     with in_another_thread(bucket.acquire, 5) as results:
-        assert until(lambda: bucket._queue)
+        assert until(lambda: bucket._tokens == -5)  # taken, and waited for
         clock.now = 3
         assert not bucket.try_acquire(1)
         clock.now = 5
@@ -109,10 +109,10 @@ def test_who_waits_is_served_in_order_of_arrival(clock):
         order.append(n)
 
     threads = []
-    for n in (20, 1, 10):
+    for n, waited_for in ((20, 20), (1, 21), (10, 31)):
         threads.append(threading.Thread(target=work, args=(n,), daemon=True))
         threads[-1].start()
-        assert until(lambda: len(bucket._queue) == len(threads))
+        assert until(lambda waited_for=waited_for: bucket._tokens == -waited_for)
     clock.now = 19  # enough for the others
     time.sleep(0.05)
     assert order == []
