@@ -77,7 +77,6 @@ from typing import (
     Optional,
     Sequence,
     Tuple,
-    TypedDict,
     TypeVar,
 )
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
@@ -129,7 +128,7 @@ _Run = TypeVar("_Run", bound="Callable[[Any, Any], int]")
 # 1. Compatibility: one name per thing that differs between urllib3 1.26 and 2.x. May know nothing of the rest
 # ============================================================================================================
 
-_BLOCK = 65536
+_BLOCK = 16384
 _HAS_READ1 = hasattr(urllib3.HTTPResponse, "read1")  # since urllib3 2.2
 
 
@@ -256,7 +255,7 @@ class SheepError(requests.RequestException):
     #: the point where the stream was lost, for ``resume_from=``
     resume_point: ResumePoint
     #: the server's own word on retrying (x-should-retry), or None
-    _server_says: bool | None = None
+    _server_allows: bool | None = None
     #: what the next request must send back after a pause by the vendor, or None
     _pause: Mapping[str, Any] | None = None
 
@@ -653,8 +652,13 @@ class _TupleType(type):
 
 
 if TYPE_CHECKING:
-    from typing import NamedTuple
+    from typing import NamedTuple, TypedDict
 else:
+
+    class TypedDict:  # typing's compiles each annotation, which takes milliseconds
+        def __init_subclass__(cls, total=True):
+            pass
+
     NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {"__orig_bases__": (typing.NamedTuple,)})
 
 
@@ -756,7 +760,7 @@ class Completion(NamedTuple):
     finish_reason: why it ended, in the vendor's word; None before the end
     complete: False after an error, a cancel or an early end of reading
     vendor: by the name of the dialect: what the next request must send back to the vendor
-    cost: of the usage, as ``Stream.cost``; None where it is unknown
+    cost: of the usage, by the provider's own count or the client's prices; else None, see ``Stream.cost``
     """
 
     text: str = ""
@@ -1078,7 +1082,7 @@ def _is_time_out(error: BaseException, end: BaseException | None = None) -> bool
         return False
     kinds = (socket.timeout, requests.Timeout, urllib3.exceptions.ReadTimeoutError)
     # requests wraps a time-out inside the body as ConnectionError(ReadTimeoutError)
-    return any(isinstance(said, kinds) for link in chain for said in (link, *link.args[:1]))
+    return any(isinstance(each, kinds) for link in chain for each in (link, *link.args[:1]))
 
 
 def _until_failure(blocks: Iterable[_T], failure: list[SheepError]) -> Iterator[_T]:
@@ -1775,8 +1779,8 @@ class Dialect:
 
     def _without_halves(self, chunk: Chunk) -> Chunk:
         """The chunk without lone surrogates: the first half of a pair is held back until the second comes"""
-        said = chunk.text + chunk.reasoning + chunk.refusal + "".join([call.arguments for call in chunk.tool_calls])
-        if not self._halves and (said.isascii() or not _SURROGATE.search(said)):
+        texts = chunk.text + chunk.reasoning + chunk.refusal + "".join([call.arguments for call in chunk.tool_calls])
+        if not self._halves and (texts.isascii() or not _SURROGATE.search(texts)):
             return chunk
         calls = (call._replace(arguments=self._joined(chunk, call.index, call.arguments)) for call in chunk.tool_calls)
         chunk = chunk._replace(
@@ -2235,12 +2239,12 @@ def _content(content: Any) -> _Content:
     """A content by kind: a str, or parts (Mistral, Databricks)"""
     if not isinstance(content, (list, dict)):
         return _Content(_text(content))
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for part in content if isinstance(content, list) else [content]:
         kind = _PART_KINDS.get(_text(_dict(part).get("type")), "text")
         text = _text(part) or _text(_dict(part).get("text")) if kind == "text" else _part_text(part)
-        said[kind] = said.get(kind, "") + text
-    return _Content(**said)
+        texts[kind] = texts.get(kind, "") + text
+    return _Content(**texts)
 
 
 def _part_text(part: Any, depth: int = 3) -> str:
@@ -2552,6 +2556,10 @@ def _as_list(value: Any, single: type | tuple[type, ...] = str) -> Any:
     return [value] if isinstance(value, single) else value or []
 
 
+#: makes a Chunk of an event, with the id and the JSON of the event
+_MakeChunk = Callable[..., Chunk]
+
+
 class _Anthropic(Dialect):
     """Anthropic Messages
 
@@ -2588,7 +2596,7 @@ class _Anthropic(Dialect):
         self._calls: dict[int, _OpenCall] = {}  # tool calls, by index of their block
         self._call_count = 0
         self._container = ""
-        self._event_kinds: dict[str, Callable[[dict[str, Any], Chunk], list[Chunk]]] = {
+        self._event_kinds: dict[str, Callable[[dict[str, Any], _MakeChunk], list[Chunk]]] = {
             "message_start": self._message_start,
             "content_block_start": self._block_start,
             "content_block_delta": self._block_delta,
@@ -2693,33 +2701,33 @@ class _Anthropic(Dialect):
             error = _reported_error(payload, "error" in (kind, event.event))
             if error is not None:
                 raise _stream_error(error)
-        return [] if read is None else read(payload, Chunk(event_id=event.id or "", raw=payload))
+        return [] if read is None else read(payload, functools.partial(Chunk, event_id=event.id or "", raw=payload))
 
-    def _message_start(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
+    def _message_start(self, payload: dict[str, Any], made: _MakeChunk) -> list[Chunk]:
         message = _dict(payload.get("message"))
         id = _text(message.get("id"))
         if self._id is not None and (id != self._id or self._blocks):
             raise InvalidStreamError(
                 f"expected the end of message {self._id!r}, got the start of message {id!r}: "
-                "two answers in one stream, as of a proxy that asked again"
+                "two answers in one stream, as from a proxy that sent the request twice"
             )
         self._id = id
-        self._note_container(message)
-        return [named._replace(id=id, model=_text(message.get("model")), usage=self.usage(message.get("usage")))]
+        self._read_container(message)
+        return [made(id=id, model=_text(message.get("model")), usage=self.usage(message.get("usage")))]
 
-    def _note_container(self, place: dict[str, Any]) -> None:
+    def _read_container(self, place: dict[str, Any]) -> None:
         container = place.get("container")
         self._container = _text(container) or _text(_dict(container).get("id")) or self._container
 
-    def _block_start(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
+    def _block_start(self, payload: dict[str, Any], made: _MakeChunk) -> list[Chunk]:
         index, block = _count(payload.get("index")), _dict(payload.get("content_block"))
         self._open[index] = _Part(block)
         self._blocks.append(self._open[index])
         self._calls.pop(index, None)
         # the input of a call counts at its end, and only where no more follows
-        return self._block(index, {**block, "input": None}, named)
+        return self._block(index, {**block, "input": None}, made)
 
-    def _block(self, index: int, block: dict[str, Any], named: Chunk) -> list[Chunk]:
+    def _block(self, index: int, block: dict[str, Any], made: _MakeChunk) -> list[Chunk]:
         """The chunk of a block, at its beginning or whole"""
         kind = block.get("type")
         if kind == "tool_use":
@@ -2727,14 +2735,14 @@ class _Anthropic(Dialect):
             self._call_count += 1
             arguments = _arguments_text(block.get("input") or "")
             call = ToolCall(self._calls[index].index, _text(block.get("id")), _text(block.get("name")), arguments)
-            return [named._replace(tool_calls=(call,))]
+            return [made(tool_calls=(call,))]
         if kind == "text" and _text(block.get("text")):
-            return [named._replace(text=block["text"])]
+            return [made(text=block["text"])]
         if kind == "thinking" and _text(block.get("thinking")):
-            return [named._replace(reasoning=block["thinking"])]
+            return [made(reasoning=block["thinking"])]
         return []
 
-    def _block_delta(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
+    def _block_delta(self, payload: dict[str, Any], made: _MakeChunk) -> list[Chunk]:
         index, delta = _count(payload.get("index")), _dict(payload.get("delta"))
         kind = _text(delta.get("type"))
         field = self._DELTAS.get(kind)
@@ -2746,55 +2754,55 @@ class _Anthropic(Dialect):
         elif kind == "citations_delta":
             self._open[index].gather("citations", delta.get("citation"))
         if kind == "text_delta" and piece:
-            return [named._replace(text=piece)]
+            return [made(text=piece)]
         if kind == "thinking_delta" and piece:
-            return [named._replace(reasoning=piece)]
+            return [made(reasoning=piece)]
         if kind == "input_json_delta" and index in self._calls:
-            return self._arguments(self._calls[index], self._calls[index].take(piece), named)
+            return self._arguments(self._calls[index], self._calls[index].take(piece), made)
         return []
 
     @staticmethod
-    def _arguments(call: _OpenCall, arguments: str | None, named: Chunk) -> list[Chunk]:
-        return [named._replace(tool_calls=(ToolCall(call.index, arguments=arguments),))] if arguments else []
+    def _arguments(call: _OpenCall, arguments: str | None, made: _MakeChunk) -> list[Chunk]:
+        return [made(tool_calls=(ToolCall(call.index, arguments=arguments),))] if arguments else []
 
-    def _block_stop(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
+    def _block_stop(self, payload: dict[str, Any], made: _MakeChunk) -> list[Chunk]:
         index = _count(payload.get("index"))
         block, call = self._open.get(index, _Part({})), self._calls.get(index)
         if call is None:
             return []
         given = "" if block.has_more("partial_json") else _arguments_text(block.get("input") or "")
-        return self._arguments(call, call.end() or given, named)
+        return self._arguments(call, call.end() or given, made)
 
-    def _message_delta(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
+    def _message_delta(self, payload: dict[str, Any], made: _MakeChunk) -> list[Chunk]:
         delta = _dict(payload.get("delta"))
-        self._note_container(delta)
-        named = named._replace(usage=self.usage(payload.get("usage")))
-        return [self._stopped(delta.get("stop_reason"), named, self._whole_blocks())]
+        self._read_container(delta)
+        made = functools.partial(made, usage=self.usage(payload.get("usage")))
+        return [self._stopped(delta.get("stop_reason"), made, self._whole_blocks())]
 
-    def _message_stop(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
+    def _message_stop(self, payload: dict[str, Any], made: _MakeChunk) -> list[Chunk]:
         self.whole = self.done = True
         return []
 
-    def _message(self, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
+    def _message(self, payload: dict[str, Any], made: _MakeChunk) -> list[Chunk]:
         """One message instead of a stream"""
         blocks = [block for block in _list(payload.get("content")) if isinstance(block, dict)]
         usage = self.usage(payload.get("usage"))
-        chunks = [named._replace(id=_text(payload.get("id")), model=_text(payload.get("model")), usage=usage)]
+        chunks = [made(id=_text(payload.get("id")), model=_text(payload.get("model")), usage=usage)]
         for index, block in enumerate(blocks):
-            chunks += self._block(index, block, named)
+            chunks += self._block(index, block, made)
         self.whole = self.done = True
-        self._note_container(payload)
-        return [*chunks, self._stopped(payload.get("stop_reason"), named, blocks)]
+        self._read_container(payload)
+        return [*chunks, self._stopped(payload.get("stop_reason"), made, blocks)]
 
-    def _stopped(self, reason: Any, named: Chunk, blocks: list[dict[str, Any]] | None) -> Chunk:
+    def _stopped(self, reason: Any, made: _MakeChunk, blocks: list[dict[str, Any]] | None) -> Chunk:
         reason = _text(reason)
         if not reason:
-            return named
+            return made()
         self.finished = True
         pause = {"content": blocks, **({"container": self._container} if self._container else {})} if blocks else None
         # text alone needs no blocks
         kept = blocks if blocks and any(block.get("type") != "text" for block in blocks) else None
-        return named._replace(
+        return made(
             finish_reason=reason,
             finish=self.finish(reason, self._call_count, pause=pause),
             vendor={self.name: kept} if kept else None,
@@ -3095,7 +3103,7 @@ class _Responses(Dialect):
         self._thoughts: dict[Any, tuple[str, int]] = {}  # the kind of reasoning that is returned, and its part
         self._items: dict[Any, dict[str, Any]] = {}
         self._open: Any = ""  # the item of the last event
-        self._said: dict[tuple[str, Any, int], _Text] = {}  # texts received, by kind, output_index and part
+        self._received: dict[tuple[str, Any, int], _Text] = {}  # texts received, by kind, output_index and part
         self.event_names = self.event_names.union(self._TERMINAL, (f"{kind}.delta" for kind in self._TEXTS))
 
     # Requests
@@ -3196,7 +3204,7 @@ class _Responses(Dialect):
             return self._document(response, named)
         if kind in self._TERMINAL:
             return self._ended(kind.rpartition(".")[2], {"error": payload.get("error"), **response}, named)
-        return list(self._part_of_answer(kind, payload, named)) if named.id or not response else []
+        return self._part_of_answer(kind, payload, named) if named.id or not response else []
 
     @classmethod
     def job_url(cls, url: str, body: Mapping[str, Any], id: str, action: str = "") -> str:
@@ -3235,7 +3243,7 @@ class _Responses(Dialect):
     def _without_padding(payload: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in payload.items() if name != "obfuscation"}
 
-    def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
+    def _part_of_answer(self, kind: str, payload: dict[str, Any], named: Chunk) -> list[Chunk]:
         item, part = _dict(payload.get("item")), _dict(payload.get("part"))
         index = payload.get("output_index")
         if not isinstance(index, int):
@@ -3245,42 +3253,41 @@ class _Responses(Dialect):
         base, _, ending = kind.rpartition(".")
         if base in self._TEXTS and ending in ("delta", "done"):
             member = "delta" if ending == "delta" else self._TEXTS[base][1]
-            yield from self._piece(base, index, number, _text(payload.get(member)), ending == "done", named)
-        elif kind in ("response.content_part.done", "response.reasoning_summary_part.done"):
-            yield from self._parts(index, [part], number, named)
-        elif kind in ("response.output_item.added", "response.output_item.done"):
+            return self._piece(base, index, number, _text(payload.get(member)), ending == "done", named)
+        if kind in ("response.content_part.done", "response.reasoning_summary_part.done"):
+            return list(self._parts(index, [part], number, named))
+        if kind in ("response.output_item.added", "response.output_item.done"):
             if ending == "done":
                 self._items[index] = item
-            yield from self._item(index, item, ending == "done", named)
-        elif named.id:
-            yield named
+            return list(self._item(index, item, ending == "done", named))
+        return [named] if named.id else []
 
-    def _piece(self, base: str, index: Any, number: int, text: str, is_whole: bool, named: Chunk) -> Iterator[Chunk]:
+    def _piece(self, base: str, index: Any, number: int, text: str, is_whole: bool, named: Chunk) -> list[Chunk]:
         """A piece of text, or the rest of a whole text after its pieces"""
         field, call = self._TEXTS[base][0], self._calls.get(index)
         if field == "arguments" and call is None:
-            return  # the item has them too
+            return []  # the item has them too
         place = (field if field == "arguments" else base, index, number)
-        said = self._said.setdefault(place, _Text())
+        received = self._received.setdefault(place, _Text())
         if is_whole:
-            text = _rest(text, str(said)) or ""
+            text = _rest(text, str(received)) or ""
         if not text:
-            return
+            return []
         if field == "arguments" and call is not None:
             text = call.take(text, is_text=base == "response.custom_tool_call_input") or ""
         if not text:
-            return
-        said.add(text)
+            return []
+        received.add(text)
         if field == "arguments" and call is not None:
-            yield named._replace(tool_calls=(ToolCall(call.index, arguments=text),))
-        elif field == "reasoning":
+            return [named._replace(tool_calls=(ToolCall(call.index, arguments=text),))]
+        if field == "reasoning":
             # either the summary of an item or its whole text; its parts are paragraphs
             first, before = self._thoughts.setdefault(index, (base, number))
-            if first == base:
-                self._thoughts[index] = (base, number)
-                yield named._replace(reasoning=text if number == before else "\n\n" + text)
-        else:
-            yield _chunk_with(named, field, text)
+            if first != base:
+                return []
+            self._thoughts[index] = (base, number)
+            text = text if number == before else "\n\n" + text
+        return [_chunk_with(named, field, text)]
 
     def _parts(self, index: Any, parts: Iterable[Any], first: int, named: Chunk) -> Iterator[Chunk]:
         """The new text in whole parts of an item"""
@@ -3305,7 +3312,7 @@ class _Responses(Dialect):
             yield from self._piece(f"response.{base}", index, 0, text, True, named)
             held = self._calls[index].end()
             if held:
-                self._said["arguments", index, 0].add(held)
+                self._received["arguments", index, 0].add(held)
                 yield named._replace(tool_calls=(ToolCall(self._calls[index].index, arguments=held),))
         else:
             content = list(map(_dict, _list(item.get("content"))))
@@ -3336,35 +3343,35 @@ class _Responses(Dialect):
             vendor={self.name: items} if kept and self.whole else None,
         )
         if status == "failed":
-            raise _stream_error(error or _Reported("it failed, and does not say why"))
+            raise _stream_error(error or _Reported("it failed, without a reason"))
 
     def _missing(self, items: list[dict[str, Any]], named: Chunk) -> Iterator[Chunk]:
         """The parts of the whole answer that its pieces lacked"""
-        said = {field: self._all_said(field) for field in ("text", "refusal", "reasoning")}
+        received = {field: self._received_text(field) for field in ("text", "refusal", "reasoning")}
         indexes = {call.id: index for index, call in self._calls.items()}  # the whole may count them differently
         for position, item in enumerate(items):
             kind, id = item.get("type"), _text(item.get("call_id"))
             if kind in ("function_call", "custom_tool_call"):
                 yield from self._item(indexes.get(id, ("whole", position)), item, True, named)
-            elif kind == "reasoning" and not said["reasoning"]:
+            elif kind == "reasoning" and not received["reasoning"]:
                 yield from self._item(("whole", position), item, True, named)
         contents = [_list(item.get("content")) for item in items if item.get("type") == "message"]
         for field in ("text", "refusal"):
             whole = "".join(_text(_dict(part).get(field)) for content in contents for part in content)
-            rest = _rest(whole, said[field])
-            if rest is None and not _utf_16(said[field]).endswith(_utf_16(whole)):
+            rest = _rest(whole, received[field])
+            if rest is None and not _utf_16(received[field]).endswith(_utf_16(whole)):
                 raise InvalidStreamError(
                     f"the pieces of the {field} are not what its whole is, which ends {_excerpt(whole[-50:])}"
                 )
             if rest:
                 yield _chunk_with(named, field, rest)
 
-    def _all_said(self, field: str) -> str:
+    def _received_text(self, field: str) -> str:
         """All pieces of a kind, joined in the order of their items"""
-        places = [place for place in self._said if self._TEXTS.get(place[0], ("", ""))[0] == field]
+        places = [place for place in self._received if self._TEXTS.get(place[0], ("", ""))[0] == field]
         if all(isinstance(index, int) for _, index, _ in places):
             places.sort(key=lambda place: place[1:])
-        return "".join([str(self._said[place]) for place in places])
+        return "".join([str(self._received[place]) for place in places])
 
     def _document(self, response: dict[str, Any], named: Chunk) -> Iterator[Chunk]:
         """One response instead of a stream"""
@@ -3734,7 +3741,7 @@ _LASTING = r"(?i)invalid|not_?found|bad_?request|unsupported|permission|auth|for
 def _stream_error(reported: _Reported) -> StreamError:
     code = reported.code
     return StreamError(
-        f"the provider reported an error in the stream: {reported.message or code or 'it did not say which'}",
+        f"the provider reported an error in the stream: {reported.message or code or 'no message'}",
         code=code if isinstance(code, str) else None,
         vendor_code=code if code is not None else reported.type or None,
         retryable=reported.may_pass,
@@ -3827,7 +3834,7 @@ def _status_error(status: int, headers: Mapping[str, str], body: bytes = b"", wh
         request_id=request_id,
     )
     if says is not None and kind not in (AuthenticationError, QuotaError):
-        error.retryable = error._server_says = says
+        error.retryable = error._server_allows = says
     return error
 
 
@@ -3855,12 +3862,12 @@ def _retry_info(details: Any) -> float | None:
 def _status_message(
     status: int, headers: Mapping[str, str], body: bytes, reported: _Reported, kind: type[SheepError], where: str
 ) -> str:
-    said = reported.message
+    message = reported.message
     if 300 <= status < 400:
-        said = f"a redirect to {_public_url(headers.get('location') or '')}, which is not followed"
-    elif not said:
+        message = f"a redirect to {_public_url(headers.get('location') or '')}, which is not followed"
+    elif not message:
         content_type = headers.get("content-type") or "no Content-Type"
-        said = f"{content_type} with {_excerpt(body)}" if body.strip() else "no message"
+        message = f"{content_type} with {_excerpt(body)}" if body.strip() else "no message"
     advice = _ADVICE.get(kind) if kind is not ServerError or status in RETRYABLE_STATUS else ""
     if status == 403 and kind is InvalidRequestError:
         country = "the provider does not serve this country or region"
@@ -3868,7 +3875,7 @@ def _status_message(
         advice = country if _is_of_country(reported) else firewall
     elif not advice and (status == 404 or not reported.message):
         advice = f"is {where or 'the base URL'} the right address? Pass the base_url that the provider documents"
-    return f"{status} from {where or 'the server'}: {said.strip()}" + (f" ({advice})" if advice else "")
+    return f"{status} from {where or 'the server'}: {message.strip()}" + (f" ({advice})" if advice else "")
 
 
 def _public_url(url: str) -> str:
@@ -3878,7 +3885,7 @@ def _public_url(url: str) -> str:
 
 
 def _url_without_keys(url: str) -> str:
-    """A URL that tells servers apart, without its secrets: user, password and keys in the query"""
+    """A URL that distinguishes servers, without its secrets: user, password and keys in the query"""
     query = [field for field in _split_url(url).query.split("&") if not re.search(_KEY_HEADER, field.partition("=")[0])]
     return "?".join(filter(None, (_public_url(url), "&".join(query))))
 
@@ -4422,8 +4429,8 @@ class Retry(_Urllib3Retry):
     def _may_retry(self, error: SheepError) -> bool:
         if isinstance(error, (QuotaError, AuthenticationError)):
             return False
-        if error._server_says is not None:
-            return error._server_says
+        if error._server_allows is not None:
+            return error._server_allows
         return error.retryable if error.status is None else error.status in self.statuses
 
     def backoff(self, attempt: int) -> float:
@@ -4596,7 +4603,7 @@ class Slot:
         except IndexError:
             return
         if self._process == os.getpid():  # a fork holds none of its parent's
-            self._limiter._take_back(*held)
+            self._limiter._release(*held)
 
     def __enter__(self) -> Slot:
         return self
@@ -4609,7 +4616,7 @@ class Slot:
 
 
 class _Bell:
-    """Wakes the thread that waits for it; may be rung by a destructor or a signal handler in the midst of that wait
+    """Wakes the thread that waits for it; may be rung by a destructor or a signal handler during that wait
 
     An Event could lock its own thread there.
     """
@@ -4657,7 +4664,7 @@ class Limiter:
     A batch waits without limit, unless a number is passed. No more than ``rate`` begin in any ``period`` seconds, and
     of these no more than ``burst`` at once: 1 spaces them evenly, None is ``rate``. As ``limiter=`` of a Client or a
     call it gives each stream a slot, from before the first request until the stream is at its end, whatever that is;
-    what a provider says of its limits makes the requests to it wait. ``clock`` gives seconds and must never go back;
+    the rate limit headers of a provider make the requests to it wait. ``clock`` gives seconds and must never go back;
     ``sleep`` waits for some, if it is given; else those who wait are woken.
     """
 
@@ -4688,7 +4695,7 @@ class Limiter:
         )
         self._clock, self._sleep = clock, sleep
         self._starts: collections.deque[float] = collections.deque(maxlen=rate)
-        self._held_until: dict[str, float] = {}  # for each provider, by what it says of its limits
+        self._held_until: dict[str, float] = {}  # for each provider, by its rate limit headers
         self._number = self._served = self._rejected = self._timed_out = self._cancelled = 0
         self._holding = 0.0  # seconds for which a slot is held, of late
         self._begin_process()
@@ -4697,7 +4704,7 @@ class Limiter:
     def _begin_process(self) -> None:
         self._lock = threading.Lock()
         self._queue: list[_Waiter] = []  # the next one first
-        # slots given back, also in the midst of a collection: by whom, and for how long they were held
+        # slots given back, also during a garbage collection: the user, and the seconds for which each was held
         self._returned: collections.deque[tuple[Any, float]] = collections.deque()
         self._active = 0
         self._users: dict[Any, int] = {}  # how many slots each holds
@@ -4707,8 +4714,8 @@ class Limiter:
     ) -> Slot:
         """A slot, waited for if it must be; QueueFullError or QueueTimeoutError where there is none
 
-        ``on_position`` is told the place in the queue, 1 for the next one, at first and when it changes. ``user`` is
-        what ``max_per_user`` goes by; None is nobody in particular.
+        ``on_position`` is called with the place in the queue, 1 for the next one, at first and when the place changes.
+        ``max_per_user`` counts the slots of a ``user``; None is nobody in particular.
         """
         return self._acquire(priority, user, on_position)
 
@@ -4859,7 +4866,7 @@ class Limiter:
                 self._cancelled += 1
                 self._ring()
 
-    def _take_back(self, user: Any, since: float) -> None:
+    def _release(self, user: Any, since: float) -> None:
         """Releases a slot; where a thread, perhaps this one, holds the lock, that thread finishes the release"""
         self._returned.append((user, self._clock() - since))
         self._settle()
@@ -5053,7 +5060,7 @@ class CircuitBreaker:
             left = self._seconds_left(self._opened_at)
             if left > 0 or self._trying:
                 raise CircuitOpenError(
-                    f"not asked: {self._failures} streams in a row failed, "
+                    f"nothing was sent: {self._failures} streams in a row failed, "
                     + (f"and the next may be tried in {left:.1f} s" if left > 0 else "and one is being tried now"),
                     retry_after=max(left, 0.0),
                 )
@@ -5317,7 +5324,7 @@ class _WireConnection:
         wire = _wire_of_thread()
         with contextlib.nullcontext() if wire is None else wire.connecting():
             super().connect()  # type: ignore[misc]
-        self._tell()  # not before: urllib3 before 2.3 loses a socket that is shut down before its TLS handshake
+        self._attach()  # not before: urllib3 before 2.3 loses a socket that is shut down before its TLS handshake
 
     def _new_conn(self) -> socket.socket:
         wire = _wire_of_thread()
@@ -5332,7 +5339,7 @@ class _WireConnection:
             raise urllib3.exceptions.NewConnectionError(self, str(error)) from error  # type: ignore[arg-type]
 
     def putrequest(self, *args: Any, **options: Any) -> Any:
-        self._tell()
+        self._attach()
         return super().putrequest(*args, **options)  # type: ignore[misc]
 
     def send(self, data: Any) -> None:
@@ -5352,7 +5359,7 @@ class _WireConnection:
             wire.sent()
         return super().getresponse(*args, **options)  # type: ignore[misc]
 
-    def _tell(self) -> None:
+    def _attach(self) -> None:
         wire = _wire_of_thread()
         if wire is not None and self.sock is not None:
             wire.attach(self.sock)
@@ -5919,7 +5926,7 @@ class _Marks:
 
     @property
     def cursor(self) -> str:
-        """The id to resume after; "" where the last event has no id of its own, so that new events cannot be told"""
+        """The id to resume after; "" where the last event has no id of its own"""
         last = self.recent[-1].id if self.recent else ""
         before = self.recent[-2].id if len(self.recent) > 1 else ""
         return last if last != before else ""
@@ -5935,7 +5942,7 @@ class _Marks:
         return recent if first == recent[0] else (first, *recent[-2:])
 
     def begin_again(self, given: _Given) -> None:
-        """The server repeats all events from the first one on; ``given`` says when new ones begin"""
+        """The server repeats all events from the first one on; ``given`` knows where the new events begin"""
         self._former, self._given, self.is_partial = self.known, given, False
         self.recent.clear()
 
@@ -5966,7 +5973,7 @@ def _is_before(id: str, other: str) -> bool:
 def _another_answer() -> StreamInterrupted:
     """The error where a server begins another answer instead of resuming this one"""
     return StreamInterrupted(
-        "the connection was lost, and the server began another answer where it was asked to go on with this one",
+        "the connection was lost, and the server began another answer instead of resuming this one",
         retryable=False,
     )
 
@@ -6002,7 +6009,7 @@ class _Plan:
     keeps_reader = True
     #: whether progress before the loss resets the count of failures
     resets_budget = False
-    #: whether the server is asked for the events after an id; a difference shows that the id is of another answer
+    #: whether the request is for the events after an id; a difference shows that the id is of another answer
     uses_ids = False
     #: whether all events and chunks are new
     is_plain = True
@@ -6380,25 +6387,25 @@ class _Continued(_GoingOn):
         self._text, self._space, self._echoes = text, space, echoes
         self._kept, self._begun = text.rstrip(), _squeezed(text)
         self._held: list[Chunk] | None = []  # None once it is known
-        self._said, self._repeated = "", 0
+        self._written, self._repeated = "", 0
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
         if self._held is None:
             return self._spaced([chunk])
         self._held.append(chunk)
-        self._said += chunk.text
+        self._written += chunk.text
         piece = _squeezed(chunk.text)
         common = _common(self._begun[self._repeated : self._repeated + len(piece)], piece)
         self._repeated += common
-        is_behind = len(self._said) > len(self._text) and self._said.startswith(self._kept)
+        is_behind = len(self._written) > len(self._text) and self._written.startswith(self._kept)
         return self.end() if common < len(piece) or is_behind else ()
 
     def end(self) -> Iterable[Chunk]:
         held, self._held = self._held or [], None
-        if self._echoes and self._said.startswith(self._kept):
+        if self._echoes and self._written.startswith(self._kept):
             # white space at the end of the echo may be missing
             end = len(self._kept)
-            held = _from_position(held, end + _common(self._text[end:], self._said[end:]))
+            held = _from_position(held, end + _common(self._text[end:], self._written[end:]))
         elif self._repeated >= (_ECHO if self._echoes or self._repeated == len(self._begun) else _UNEXPECTED_ECHO):
             raise StreamInterrupted("the continuation repeats the answer, or a part of it", retryable=False)
         return self._spaced(held)
@@ -6436,15 +6443,15 @@ _ANCHOR, _PROOF = 40, 8
 
 
 def _anchor(lost: _Lost) -> list[_Plan]:
-    """The model is told that its answer was cut; it must repeat its last words before it continues"""
+    """The model must repeat its last words before it continues"""
     if not _is_text_alone(lost):
         return []
     tail = str(lost.answer.text)[-2 * _ANCHOR :]
     tail = tail[tail.rfind(" ", 0, max(0, len(tail) - _ANCHOR)) + 1 :]  # from the beginning of a word
     if len(_squeezed(tail)) < _PROOF:
         return []
-    said = {"role": "assistant", "content": str(lost.answer.text)}
-    told = {
+    received = {"role": "assistant", "content": str(lost.answer.text)}
+    order = {
         "role": "user",
         "content": (
             "Your answer was cut off by a lost connection. Go on with it. Begin by repeating, letter for letter and "
@@ -6452,7 +6459,7 @@ def _anchor(lost: _Lost) -> list[_Plan]:
             "and repeat nothing else."
         ),
     }
-    return [_Anchored(_lowered(lost).and_then(said, told), lost.answer, tail)]
+    return [_Anchored(_lowered(lost).and_then(received, order), lost.answer, tail)]
 
 
 class _Anchored(_GoingOn):
@@ -6464,27 +6471,29 @@ class _Anchored(_GoingOn):
         super().__init__(request, answer)
         self._tail = tail
         self._held: list[Chunk] | None = []  # None once they were repeated
-        self._said = ""
+        self._written = ""
 
     def check(self, chunk: Chunk) -> Iterable[Chunk]:
         if self._held is None:
             return (self._counted(chunk),)
         if chunk.text:
             self._held.append(chunk)
-            self._said += chunk.text
+            self._written += chunk.text
         length = len(self._tail)
-        if not self._tail.startswith(self._said[:length]) or (chunk.finish_reason and len(self._said) < length):
+        if not self._tail.startswith(self._written[:length]) or (chunk.finish_reason and len(self._written) < length):
             raise StreamInterrupted(
-                "the model was asked to repeat its last words, and said something else", retryable=False
+                "the model did not repeat its last words as it should, but wrote something else", retryable=False
             )
-        if len(self._said) < length:
+        if len(self._written) < length:
             return ()
         held, self._held = self._held or [chunk], None
         return map(self._counted, _from_position(held, length))
 
     def end(self) -> Iterable[Chunk]:
         if self._held is not None:
-            raise StreamInterrupted("the model was asked to repeat its last words, and said nothing", retryable=False)
+            raise StreamInterrupted(
+                "the model did not repeat its last words as it should, but wrote nothing", retryable=False
+            )
         return ()
 
 
@@ -6554,7 +6563,7 @@ class _Reading:
         #: of this generation, by the provider's count
         self.usage: Usage | None = None
         #: whether a piece of the answer was received, where it is one document
-        self.said = False
+        self.has_content = False
         self.ended = False
         self._is_plain = plan.is_plain and not self.is_document
         self._is_checked = True  # whether the last chunk was found to belong to this answer
@@ -6600,7 +6609,7 @@ class _Reading:
 
     def _take(self, chunk: Chunk, queue: collections.deque[_Came]) -> None:
         """Queues the new part of a chunk"""
-        self.said = self.said or _has_content(chunk)
+        self.has_content = self.has_content or _has_content(chunk)
         self._is_checked = False
         queue.extend([(new, [], self.usage) for new in self.plan.check(chunk)])
         self._is_checked = True
@@ -6612,7 +6621,7 @@ class _Reading:
             self._body.check_end()
         for chunk in dialect.last(not dialect.done):  # halves of characters, chunks held back
             self._take(chunk, queue)
-        if self.is_document and not (self.said or dialect.whole):
+        if self.is_document and not (self.has_content or dialect.whole):
             raise InvalidStreamError("expected an answer, got JSON that holds none; is the base URL that of the API?")
         dialect.require_whole()
         self.ended = True
@@ -6740,7 +6749,7 @@ def _saved_in(data: bytes, path: str) -> _Saved:
     if version and int(version.group()) != _JOURNAL_VERSION:
         raise CheckpointError(
             f"{path} is of version {version.group().decode()} of the format, and sheepsse {__version__} reads version "
-            f"{_JOURNAL_VERSION}: use the sheepsse that wrote it, or remove it to ask anew"
+            f"{_JOURNAL_VERSION}: use the sheepsse that wrote it, or remove it, and the request is sent again"
         )
     contents, size, checksum = _good_lines(lines, path)
     if len(contents) < len(lines) - (not torn) or not contents:
@@ -6780,7 +6789,8 @@ def _good_lines(lines: Sequence[bytes], path: str, checksum: int = 0) -> tuple[l
 
 def _damaged(path: str, how: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is damaged, and was left as it is: {how}; bring back a whole copy, or remove it to ask anew"
+        f"{path} is damaged, and was left as it is: {how}; bring back a whole copy, or "
+        "remove it, and the request is sent again"
     )
 
 
@@ -7135,7 +7145,7 @@ def _request_key(request: Any) -> str:
 
 
 #: options that do not change the answer, or may hold a key: no part of the hash of a request
-_NOT_ASKED = {
+_NOT_HASHED = {
     *("alignment", "api_key", "breaker", "checkpoint", "client", "deadline", "fallback", "first_timeout", "headers"),
     *("idle_timeout", "limiter", "max_answer_size", "max_event_size", "on_retry", "prices", "refresh", "resume"),
     *("resume_from", "retry", "session", "timeout"),
@@ -7165,9 +7175,9 @@ class Checkpoints:
 
         The order of keys, the API key, headers, time-outs and the like do not matter.
         """
-        asked = {name: value for name, value in params.items() if name not in _NOT_ASKED}
-        asked.update(asked.pop("extra_body", None) or {})
-        return _request_key({"messages": _messages(messages), "params": asked})
+        hashed = {name: value for name, value in params.items() if name not in _NOT_HASHED}
+        hashed.update(hashed.pop("extra_body", None) or {})
+        return _request_key({"messages": _messages(messages), "params": hashed})
 
     def save(self, name: str, text: str) -> None:
         """Saves a text as a complete answer, in place of the one before; after a kill, either of the two is there"""
@@ -7247,7 +7257,7 @@ class _Checkpoint(NamedTuple):
     folder: str
     #: None means the hash of the request
     name: str | None = None
-    #: tells equal requests apart
+    #: distinguishes equal requests
     copy: str = ""
     shared: bool = False
 
@@ -7627,7 +7637,7 @@ class _Clock:
         self.chars = 0
 
     def note(self, chunk: Chunk, says: bool, came: float, waited: float = 0.0) -> None:
-        """Counts a chunk that came at a moment, after a wait; ``says`` is whether it holds a piece of the answer"""
+        """Counts a chunk; ``says`` is whether it holds a piece of the answer"""
         if self.chunks and waited > self.longest_gap:
             self.longest_gap = waited
         self.chunks += 1
@@ -7800,8 +7810,8 @@ class _Sender:
             refusals = CircuitOpenError, QueueFullError, QueueTimeoutError, QuotaError
             return error.retryable or isinstance(error, refusals)
         if isinstance(error, InvalidRequestError):  # of a server that does not stream
-            said = _reported_error(_json(getattr(error.response, "content", b"") or b""), certain=True)
-            return said is not None and re.search(r"(?i)\bstream(ed|ing|s)?\b", said.message) is not None
+            reported = _reported_error(_json(getattr(error.response, "content", b"") or b""), certain=True)
+            return reported is not None and re.search(r"(?i)\bstream(ed|ing|s)?\b", reported.message) is not None
         return isinstance(error, (InvalidStreamError, StreamError, StreamInterrupted, StreamTimeout))
 
     def has_limiter_of(self, other: _Sender) -> bool:
@@ -7976,9 +7986,9 @@ def _json_body(body: Mapping[str, Any]) -> bytes:
 
 def _refused_with_200(error: StreamError) -> InvalidStreamError:
     """The error for a JSON document with status 200 that holds an error: no stream began"""
-    said = str(error).partition(": ")[2]
+    message = str(error).partition(": ")[2]
     return InvalidStreamError(
-        f"expected an answer, got status 200 with an error: {said}",
+        f"expected an answer, got status 200 with an error: {message}",
         vendor_code=error.vendor_code,
         request_id=error.request_id,
         retryable=error.retryable,
@@ -8011,7 +8021,7 @@ class Stream:
         self._is_released = False  # whether nothing is held any more
         self._attempts_before = 0  # by senders before this one
         self._slot: ContextManager[object] | None = None  # of the limiter, while it is held
-        self._passage: _Admission | None = None  # through the breaker
+        self._admission: _Admission | None = None  # through the breaker
         self._use(senders[0], answer, marks)
 
     def _use(self, sender: _Sender, answer: _Answer, marks: _Marks) -> None:
@@ -8106,7 +8116,7 @@ class Stream:
             self._give_up()
             return None
         except SheepError as error:
-            self._end_passage(self._outcome(error))
+            self._end_admission(self._outcome(error))
             if isinstance(error, StreamCancelled) or _is_late(self._wire):
                 self._give_up()
             else:
@@ -8155,14 +8165,14 @@ class Stream:
     def _admit(self) -> None:
         """Waits for a slot of the limiter, and for the breaker, before anything is sent"""
         limiter, breaker = self._sender.options.limiter, self._sender.options.breaker
-        if breaker is not None and self._passage is None:
+        if breaker is not None and self._admission is None:
             breaker.check()  # an open breaker makes the wait useless
         if limiter is not None and self._slot is None:
             slot = self._acquired(limiter)
             slot.__enter__()
             self._slot = slot
-        if breaker is not None and self._passage is None:
-            self._passage = breaker.enter()
+        if breaker is not None and self._admission is None:
+            self._admission = breaker.enter()
 
     def _acquired(self, limiter: Any) -> ContextManager[object]:
         if isinstance(limiter, Limiter):
@@ -8196,14 +8206,14 @@ class Stream:
         if self._wire.ended:
             raise self._sender.judged(StreamInterrupted("ended before it was sent"), self._wire)
 
-    def _report_position(self, told: Callable[[int], object]) -> None:
-        """Reports the position in the queue of the Limiter to ``told``, in the thread that reads"""
+    def _report_position(self, report: Callable[[int], object]) -> None:
+        """Reports the position in the queue of the Limiter to ``report``, in the thread that reads"""
         for sender in (self._sender, *self._spares):
             limiter = sender.options.limiter
             if isinstance(limiter, Limiter):
                 limiter = limiter.bind()
             if isinstance(limiter, _BoundLimiter):
-                limiter = limiter._replace(on_position=_both(told, limiter.on_position))
+                limiter = limiter._replace(on_position=_both(report, limiter.on_position))
                 sender.options = sender.options._replace(limiter=limiter)
 
     def _load(self, journal: _Journal) -> None:
@@ -8238,13 +8248,13 @@ class Stream:
     def _begin(self) -> None:
         """Connects for a fresh answer; nothing that was received before is used"""
         if self._answer.given and self._journal is None:
-            raise StreamInterrupted("no strategy goes on from what was received before", retryable=False)
+            raise StreamInterrupted("no strategy can resume from what was received before", retryable=False)
         plan = self._first_plan()
         self._connect(plan)
         self._usages.append(None)
         if self._has_unreturned and self._journal is not None:
             own_id = self._sender.own_request_id
-            _log.info("request %s: nothing goes on from what was saved, it is asked anew", own_id)
+            _log.info("request %s: nothing can be resumed from the checkpoint; the request is sent again", own_id)
             self._journal.restart()
             self._continuity = "restarted"
         self._has_unreturned = False
@@ -8271,12 +8281,12 @@ class Stream:
             spare = sender if sender.stands_in_for(failed, error) else None
         if spare is None:
             return False
-        _log.info("request %s: %s, another is asked: %s", failed.own_request_id, error.code, error)
+        _log.info("request %s: %s; the next client is tried: %s", failed.own_request_id, error.code, error)
         if not spare.has_limiter_of(failed):
             self._release_slot()
         if spare.options.breaker is not failed.options.breaker:
-            self._end_passage(self._outcome(error))
-            self._passage = None
+            self._end_admission(self._outcome(error))
+            self._admission = None
         self._release()
         self._attempts_before += failed.attempts
         spare.own_request_id = spare.request_id = failed.own_request_id
@@ -8363,7 +8373,7 @@ class Stream:
 
     def _fill(self) -> bool:
         """Reads until the queue has a chunk; False at the end. The one place that handles a loss"""
-        asked = time.monotonic()
+        began = time.monotonic()
         while not self._queue:
             reading, failure = self._reading, self._failure
             if failure is None and reading is None:
@@ -8378,7 +8388,7 @@ class Stream:
                     if reading.plan.dialect.whole or not self._is_idle_awaited:
                         self._expect(reading.plan.dialect.whole)
                     elif self._sender.options.idle_timeout is not None:
-                        self._wire.due = asked + self._sender.options.idle_timeout
+                        self._wire.due = began + self._sender.options.idle_timeout
                 reading.turn(self._queue)
                 if reading.ended:
                     self._end_answer(reading)
@@ -8396,7 +8406,7 @@ class Stream:
                 self._close_reading()
                 raise
         self._received_at = time.monotonic()
-        self._waited = self._received_at - asked
+        self._waited = self._received_at - began
         return True
 
     def _expect(self, is_whole: bool) -> None:
@@ -8431,14 +8441,14 @@ class Stream:
             reading.response.close()
 
     def _complete(self) -> None:
-        """Ends a whole answer, all of which was returned"""
+        """Ends a whole answer that was returned to its end"""
         if self._journal is not None and not self._is_cached:
             self._journal.note(self._continuity)
             self._journal.finish()
         if self._alignment is not None:
             self._align(self._alignment)
         self._answer.complete = True
-        self._end_passage(True if self._sender.attempts else None)
+        self._end_admission(True if self._sender.attempts else None)
         self._finish()
 
     def _align(self, alignment: _Alignment, cut: bool = False) -> None:
@@ -8450,7 +8460,7 @@ class Stream:
 
     def _lost(self, error: SheepError, reading: _Reading) -> SheepError:
         """Closes a connection that failed, and gives the error for it"""
-        if reading.is_document and isinstance(error, StreamError) and not (self._answer.given or reading.said):
+        if reading.is_document and isinstance(error, StreamError) and not (self._answer.given or reading.has_content):
             error = _refused_with_200(error)
         self._close_reading()
         if reading.plan.uses_ids and isinstance(error, StreamInterrupted) and not error.retryable:
@@ -8592,7 +8602,7 @@ class Stream:
         self._reconnects += 1
         self._continuity = max(self._continuity, plan.continuity, key=_CONTINUITIES.index)
         own_id, on_reconnect = self._sender.own_request_id, self._sender.options.retry.on_reconnect
-        _log.info("request %s: the stream was lost, and goes on (%s)", own_id, plan.continuity)
+        _log.info("request %s: the stream was lost, and is resumed (%s)", own_id, plan.continuity)
         if on_reconnect:
             on_reconnect(self._attempts, time.monotonic() - since)
 
@@ -8612,10 +8622,10 @@ class Stream:
 
     # Ending
 
-    def _end_passage(self, success: bool | None) -> None:
-        """Tells the breaker how the call ended; only the first report counts"""
-        if self._passage is not None:
-            self._passage.end(success)
+    def _end_admission(self, success: bool | None) -> None:
+        """Reports to the breaker how the call ended; only the first report counts"""
+        if self._admission is not None:
+            self._admission.end(success)
 
     def _outcome(self, error: SheepError) -> bool | None:
         """What an error means for the breaker; None where nothing was sent, or the caller's own deadline has passed"""
@@ -8660,7 +8670,7 @@ class Stream:
         if self._clock.end is None and self._clock.start is not None:
             self._clock.end = time.monotonic()
         with contextlib.ExitStack() as held:  # released in reverse order, and all where one cannot be
-            held.callback(self._end_passage, None)
+            held.callback(self._end_admission, None)
             if self._sender.is_owned:
                 held.callback(self._sender.client.close)
             if self._alignment is not None and self._answer.given:
@@ -8729,9 +8739,12 @@ class Stream:
     @property
     def cost(self) -> Decimal | None:
         """The cost of the usage, as by the function ``cost`` with the client's prices; None where it is unknown"""
+        return cost(self.usage, self._price, model=self.model, provider=self._sender.target.provider)
+
+    @property
+    def _price(self) -> Price | None:
         prices = self._sender.options.prices or {}
-        price = prices.get(self.model) or prices.get(self._sender.request.model)
-        return cost(self.usage, price, model=self.model, provider=self._sender.target.provider)
+        return prices.get(self.model) or prices.get(self._sender.request.model)
 
     @property
     def model(self) -> str:
@@ -8751,7 +8764,9 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """All of the answer so far"""
-        return self._answer.completion()._replace(cost=self.cost)
+        made = self._answer.completion()
+        is_listed = self._price is None and (made.usage is None or made.usage.cost is None)
+        return made if is_listed else made._replace(cost=self.cost)  # a list of prices takes long to import
 
     @property
     def _attempts(self) -> int:
@@ -8869,8 +8884,8 @@ class Client:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        asked = self.provider or (self.base_url and _public_url(self.base_url)) or "as the environment says"
-        return f"<sheepsse.Client {asked}>"
+        where = self.provider or (self.base_url and _public_url(self.base_url)) or "of the environment"
+        return f"<sheepsse.Client {where}>"
 
     def __enter__(self) -> Client:
         return self
@@ -8887,8 +8902,8 @@ class Client:
                 "along: leave api_key= out, and set the provider's variable where they run"
             )
         options = self._options._replace(limiter=None, breaker=None)
-        asked = self.provider, self.base_url, self._api_key, self._dialect, self.model
-        return _client_of, (*asked, {**self._connection, "continuation": self._continuation}, options)
+        target = self.provider, self.base_url, self._api_key, self._dialect, self.model
+        return _client_of, (*target, {**self._connection, "continuation": self._continuation}, options)
 
     def close(self) -> None:
         """Closes the idle connections, unless the session is the caller's own"""
@@ -9014,7 +9029,7 @@ class Client:
         secrets = self._secrets(target)
         started = time.monotonic()
         try:
-            body = self._asked(target, timeout)
+            body = self._fetched(target, timeout)
         except SheepError as error:
             secrets.hide_error(error)
             unreachable = error.status is None and isinstance(error, (ConnectError, StreamTimeout, StreamInterrupted))
@@ -9024,7 +9039,7 @@ class Client:
         latency = time.monotonic() - started
         return Health(True, "ok", latency, tuple(_model_names(body)))
 
-    def _asked(self, target: _Target, timeout: float) -> Any:
+    def _fetched(self, target: _Target, timeout: float) -> Any:
         """The JSON answer to a GET of the check URL"""
         url = target.check_url
         failure: list[SheepError] = []
@@ -9278,7 +9293,7 @@ def stream(
     ids, or keeps the answer: OpenAI Responses with ``background=True``), ``restart`` (nothing was returned yet),
     ``continue`` (the provider continues a partial answer: DeepSeek, Mistral, vLLM, Anthropic up to 4.5), ``verify``
     (the request is sent again, and its text dropped while equal; also where only the usage was lost), ``anchor`` (the
-    model is told to repeat its last words and continue). ``"auto"`` is the first three, ``"never"`` is none. All but
+    model must repeat its last words and continue). ``"auto"`` is the first three, ``"never"`` is none. All but
     ``replay`` are billed again, at most ``retry.total`` times. ``resume_from`` takes an error or its
     ``resume_point``, also of another process, for the same request; the stream then gives only what is missing.
 
@@ -9499,7 +9514,7 @@ def _result(job: _Job, open_stream: Callable[..., Stream]) -> Result:
         completion.text,
         completion,
         completion.usage,
-        completion.cost,
+        answer.cost,
         elapsed,
         stats.ttft,
         stats.attempts,

@@ -1236,7 +1236,7 @@ def test_an_answer_of_nothing_is_no_anchor(server):
     server.default = Answer(body=local_provider.data_event("[DONE]"))
     with asking_for(Case("", ""), server) as client:
         _, error = read(client.stream("Hi", resume="anchor"))
-    assert "said nothing" in str(error)
+    assert "wrote nothing" in str(error)
 
 
 def anthropic_answer(pieces, **fields):

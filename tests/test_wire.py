@@ -922,7 +922,7 @@ def test_what_only_the_done_events_of_a_response_have_is_returned_once(name, pay
 #: how a response ends that is not whole, whatever the name of its last event says
 UNFINISHED = [
     (response("failed", error={"code": "server_error", "message": "It broke"}), StreamError, True, "It broke"),
-    (response("failed"), StreamError, False, "does not say why"),
+    (response("failed"), StreamError, False, "without a reason"),
     (response("completed", error={"message": "It broke"}), StreamError, False, "It broke"),
     (response("completed", status="failed", error={"message": "It broke"}), StreamError, False, "It broke"),
     ({**response("failed"), "error": {"code": 503, "message": "It broke"}}, StreamError, True, "It broke"),
