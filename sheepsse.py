@@ -8503,17 +8503,21 @@ class Stream:
                     return
                 self._is_whole = self._is_whole or (self._lacks_only_its_end and bool(self._terms.resume))
                 if self._terms.resume == _AUTOMATIC and self._answer.given and not self._is_whole:
-                    server = self._sender.target.provider or "this server"
-                    lost.args = (
-                        f"{lost}. {server} cannot continue an answer: error.partial has the {len(self._answer.text)} "
-                        "characters that came. Use them as they are, or pass resume='verify': the request is then sent "
-                        "and billed again, and only what is missing is returned",
-                    )
+                    self._advise(lost)
             raise lost
         except StreamInterrupted as error:
             if error is not lost or not self._has_unreturned or self._is_whole or _is_late(self._wire):
                 raise
             self._resume_otherwise(lost)
+
+    def _advise(self, lost: SheepError) -> None:
+        """Adds to the message of a loss what the caller has, and can do"""
+        server, count = self._sender.target.provider or "this server", len(str(self._answer.text))
+        lost.args = (
+            f"{lost}. {server} cannot continue an answer: error.partial has the {count} characters that came. Use them "
+            "as they are, or pass resume='verify': the request is then sent and billed again, and only what is missing "
+            "is returned",
+        )
 
     def _resume_otherwise(self, failed: SheepError) -> None:
         """Resumes a checkpoint by the strategies after one that failed, and at last afresh"""

@@ -271,7 +271,7 @@ def test_a_traceback_has_few_frames_of_ours(server, method, failing):
 
 
 def test_a_cut_that_cannot_be_resumed_says_what_came_and_what_to_do(server):
-    server.answer(Answer(text="One two three", cut_after=3))
+    server.answer(Answer(text="Một hai ba", cut_after=3))
     with pytest.raises(sheepsse.StreamInterrupted) as caught:
         list(sheepsse.stream("Good day?", model="m", base_url=server.base_url, api_key=False))
     count = len(caught.value.partial.text)
