@@ -11521,6 +11521,8 @@ class _WebRequest:
             except ValueError as error:
                 raise _Refused(400, "INVALID_REQUEST", "the query is no UTF-8, or has too many fields") from error
         fields = _json(self.body(most))
+        if _media_type(self.environ.get("CONTENT_TYPE", "")) != "application/json":  # pages of any site may send others
+            raise _Refused(415, "INVALID_REQUEST", "expected the Content-Type application/json")
         if not isinstance(fields, dict):
             raise _Refused(400, "INVALID_REQUEST", "expected a JSON object with messages, or a prompt")
         return fields
@@ -11585,6 +11587,7 @@ class _Routes:
         max_age: float = 3600,
         models: Iterable[str] | None = None,
         system: str | None = None,
+        allow_prefill: bool = False,
     ) -> None:
         if not callable(authorize):
             raise TypeError("authorize is a function that gives who is asking, or None for nobody")
@@ -11606,7 +11609,7 @@ class _Routes:
         self._heartbeat = _checked_seconds("heartbeat", heartbeat)
         self._grace = _checked_seconds("grace", grace, 0)
         self._max_duration = _checked_seconds("max_duration", max_duration)
-        self._max_body, self._max_tokens = max_body, max_tokens
+        self._max_body, self._max_tokens, self._may_prefill = max_body, max_tokens, allow_prefill
         self._models = [first.model] if models is None else list(models)
         self._model = first.model if first.model in self._models else next(iter(self._models), None)
         self._system = [] if system is None else [{"role": "system", "content": system}]
@@ -11654,19 +11657,20 @@ class _Routes:
 
     def _check_origin(self, asked: _WebRequest, route: str) -> None:
         """Refuses a page of another origin, before anything else: its browser sends cookies"""
-        origin = asked.header("Origin")
-        if origin and route != "health" and not self._is_allowed(asked):
+        is_foreign = (
+            not self._is_allowed(asked)
+            if asked.header("Origin")
+            else (asked.method == "POST" and asked.header("Sec-Fetch-Site") == "cross-site")
+        )
+        if is_foreign and route != "health":
             raise _Refused(403, "FORBIDDEN_ORIGIN", "pages of this origin may not ask here")
 
     def _is_allowed(self, asked: _WebRequest) -> bool:
         """Whether the page has an allowed origin, or that of this host"""
-        origin = asked.header("Origin").lower()
-        if origin in self._origins:
-            return True
-        scheme, _, host = origin.partition("://")
         # behind a proxy with https, the scheme here is http
         schemes = ("https",) if asked.environ.get("wsgi.url_scheme") == "https" else ("http", "https")
-        return bool(host) and scheme in schemes and _without_port(host) == _without_port(asked.header("Host"))
+        own = {_without_usual_port(f"{scheme}://{asked.header('Host').lower()}") for scheme in schemes}
+        return _without_usual_port(asked.header("Origin").lower()) in self._origins | own
 
     def _common_headers(self, asked: _WebRequest) -> dict[str, str]:
         headers = {"X-Request-ID": asked.request_id, "Vary": "Origin"}
@@ -11701,16 +11705,19 @@ class _Routes:
         messages = fields.get("messages", [{"role": "user", "content": fields.get("prompt")}])
         if not isinstance(messages, list) or not messages:
             raise _invalid("messages is a list of {role, content}")
+        messages = list(map(_said_message, messages))
+        if messages[-1]["role"] != "user" and not self._may_prefill:
+            raise _invalid("the last message is the user's")
         params = {"temperature": self._temperature(fields), "max_tokens": self._most_tokens(fields)}
         return _Question(
-            list(map(_said_message, messages)),
+            messages,
             self._model_of(fields),
             {name: value for name, value in params.items() if value is not None},
         )
 
     def _model_of(self, fields: Mapping[str, Any]) -> str:
         model = fields.get("model", self._model)
-        if model is None:
+        if model is None and "model" not in fields:
             raise _Refused(502, "MODEL_NOT_FOUND", _PUBLIC["MODEL_NOT_FOUND"][1])
         if not isinstance(model, str) or model not in self._models:
             raise _invalid("this model is not one of those that may be asked")
@@ -11946,12 +11953,12 @@ def _checked_origin(origin: str) -> str:
     found = re.fullmatch(r"([a-z][a-z0-9+.-]*://[^/*\s]+)/?", origin.lower())
     if not found:
         raise ValueError(f"an allowed origin is a scheme and a host, as https://app.example, got {origin!r}")
-    return re.sub("(?<=^http):(.*):80$|(?<=^https):(.*):443$", r":\1\2", found.group(1))
+    return _without_usual_port(found.group(1))
 
 
-def _without_port(host: str) -> str:
-    """A host and port, without a default port"""
-    return re.sub(":(80|443)$", "", host.lower())
+def _without_usual_port(origin: str) -> str:
+    """An origin without the port that its scheme has anyway"""
+    return re.sub("(?<=^http):(.*):80$|(?<=^https):(.*):443$", r":\1\2", origin)
 
 
 def _wait_of_page(seconds: float = 1) -> int:
@@ -11985,6 +11992,7 @@ def flask_blueprint(
     max_age: float = 3600,
     models: Iterable[str] | None = None,
     system: str | None = None,
+    allow_prefill: bool = False,
 ) -> Any:
     """A Flask blueprint that streams the answers of ``client`` to browsers, and loses nothing
 
@@ -12009,7 +12017,8 @@ def flask_blueprint(
     Pages of other origins are refused, except those in ``allowed_origins``. ``max_body`` is in bytes, ``max_tokens`` is
     the upper limit of that option, ``max_duration`` the seconds of a stream at most, ``max_age`` the seconds that a
     finished stream is kept. ``models`` are the models that may be requested, by default that of the client; ``system``
-    is a system message, which no browser can set. ``limiter`` is a Limiter, which counts by owner, in this process.
+    is a system message, which no browser can set. The last message must be the user's, unless ``allow_prefill``: the
+    model continues a last message of its own. ``limiter`` is a Limiter, which counts by owner, in this process.
     MissingExtraError without Flask.
     """
     asking = _Routes(
@@ -12027,6 +12036,7 @@ def flask_blueprint(
         max_age=max_age,
         models=models,
         system=system,
+        allow_prefill=allow_prefill,
     )
     return _blueprint(asking)
 
@@ -13333,18 +13343,24 @@ def _bench_table(good: Sequence[Result], summary: BatchSummary) -> str:
     _SYSTEM,
     _option("--journal", metavar="DIR", help="the folder for answers (default: a temporary one)"),
     _option("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, only this machine)"),
+    _option(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name of this server, needed with --host"
+    ),
     _option("--port", type=int, default=8000, help="the port; 0 for any free one (default: %(default)s)"),
 )
 def _serve(parser: Any, options: Any) -> int:
     import tempfile
 
+    names = {"localhost", "127.0.0.1", "::1", *map(str.lower, options.allow_host)}
+    if options.host not in names and not options.allow_host:
+        parser.error("--host needs --allow-host NAME: the name of this server in the addresses of its pages")
     with contextlib.ExitStack() as stack:
         try:
             client = stack.enter_context(_serving_client(parser, options, stack))
             folder = options.journal or stack.enter_context(tempfile.TemporaryDirectory())
             app = wsgi_app(
                 client,
-                authorize=lambda environ: _user_of_page(environ, options.host),
+                authorize=lambda environ: _user_of_page(environ, names),
                 journal=folder,
                 system=options.system,
             )
@@ -13390,14 +13406,13 @@ def _local_provider(path: str) -> Any:
     return made
 
 
-def _user_of_page(environ: Mapping[str, Any], host: str) -> str | None:
-    """One user for all requests that the server accepts; else None
+def _user_of_page(environ: Mapping[str, Any], names: Container[str]) -> str | None:
+    """One user for all requests to one of the server's names; else None
 
-    A server for this machine accepts only its own names, against pages whose names lead here (DNS rebinding).
+    Other names may be of pages anywhere, which lead here (DNS rebinding).
     """
-    own = ("localhost", "127.0.0.1", "::1")
     name = re.sub(r":[0-9]*$", "", environ.get("HTTP_HOST", "")).strip("[]").lower()  # without the port
-    return "anybody" if host not in own or name in own else None
+    return "anybody" if name in names else None
 
 
 def _page_server(host: str, port: int, app: Callable[..., Iterable[bytes]]) -> Any:
@@ -13414,6 +13429,7 @@ def _page_server(host: str, port: int, app: Callable[..., Iterable[bytes]]) -> A
 
     class Server(ThreadingMixIn, WSGIServer):
         daemon_threads = True
+        request_queue_size = 128
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def handle_error(self, *args: Any) -> None:

@@ -259,7 +259,8 @@ def pytest_configure():
 def environ_of(path="/chat/stream", method="POST", **more):
     from wsgiref.util import setup_testing_defaults
 
-    environ = {"PATH_INFO": path, "REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": "", **more}
+    environ = {"PATH_INFO": path, "REQUEST_METHOD": method, "SCRIPT_NAME": "", "QUERY_STRING": ""}
+    environ.update({"CONTENT_TYPE": "application/json", **more})
     setup_testing_defaults(environ)
     return environ
 

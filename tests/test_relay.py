@@ -860,7 +860,8 @@ def test_a_body_over_the_limit_is_refused_when_it_was_sent(server, make):
             refused(server, requests.post(f"{url}/chat/stream", data=body), 413, "TOO_LARGE")
             refused(server, requests.post(f"{url}/chat/stream", data=body, headers={"X-User": ""}), 401, "UNAUTHORIZED")
         body = json.dumps({"prompt": "x" * (1000 - len('{"prompt": ""}'))})
-        assert requests.post(f"{url}/chat/stream", data=body).status_code == 200
+        type = {"Content-Type": "application/json"}
+        assert requests.post(f"{url}/chat/stream", data=body, headers=type).status_code == 200
 
 
 def test_a_body_of_unknown_length_is_read_where_the_server_ends_it(client, server):
@@ -2264,3 +2265,86 @@ def test_a_request_that_is_reset_is_no_news_for_the_terminal(server):
             sock.sendall(b"POST /chat/stream HT")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         assert requests.get(f"{url}/health").status_code == 200
+
+
+# Requests that a page elsewhere may send
+
+
+@each_app
+def test_a_post_from_another_site_is_refused_also_without_an_origin(server, make):
+    with relaying(server, make) as url:
+        elsewhere = {"Sec-Fetch-Site": "cross-site"}
+        refused(server, ask(url, headers=elsewhere), 403, "FORBIDDEN_ORIGIN")
+        refused(server, requests.post(f"{url}/chat/stop/x", headers=elsewhere), 403, "FORBIDDEN_ORIGIN")
+        assert requests.get(f"{url}/health", headers=elsewhere).status_code == 200
+        assert text_of(heard(ask(url, headers={"Sec-Fetch-Site": "same-origin"}))) == TEXT
+    with relaying(server, make, allowed_origins=["https://page.example"]) as url:
+        assert text_of(heard(ask(url, headers={**elsewhere, "Origin": "https://page.example"}))) == TEXT
+
+
+@each_app
+@pytest.mark.parametrize("type", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_only_json_is_taken(server, make, type):
+    with relaying(server, make) as url:
+        headers = {} if type is None else {"Content-Type": type}
+        response = requests.post(f"{url}/chat/stream", data=b'{"prompt": "Hi"}', headers=headers)
+        refused(server, response, 415, "INVALID_REQUEST")
+        headers = {"Content-Type": "application/json; charset=utf-8"}
+        response = requests.post(f"{url}/chat/stream", data=b'{"prompt": "Hi"}', headers=headers, stream=True)
+        assert text_of(heard(response)) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "is_own"),
+    [
+        ("https://app", "app", True),
+        ("https://app", "app:443", True),
+        ("http://app:8000", "app:8000", True),
+        ("http://app", "app:80", True),
+        ("https://app:80", "app", False),
+        ("http://app:443", "app", False),
+        ("http://app:8000", "app", False),
+        ("http://app", "app:8000", False),
+        ("ftp://app", "app", False),
+    ],
+)
+def test_scheme_and_port_of_an_origin_count(server, origin, host, is_own):
+    with relaying(server) as url:
+        response = ask(url, headers={"Origin": origin, "Host": host})
+        if is_own:
+            assert text_of(heard(response)) == TEXT
+        else:
+            refused(server, response, 403, "FORBIDDEN_ORIGIN")
+
+
+@each_app
+def test_the_last_message_is_the_users_unless_a_prefill_is_allowed(server, make):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I"}]
+    with relaying(server, make) as url:
+        response = requests.post(f"{url}/chat/stream", json={"messages": messages})
+        refused(server, response, 400, "INVALID_REQUEST")
+    with relaying(server, make, allow_prefill=True) as url:
+        response = requests.post(f"{url}/chat/stream", json={"messages": messages}, stream=True)
+        assert heard(response)[-1][1] == "done"
+
+
+@each_app
+def test_a_model_that_is_null_is_the_fault_of_the_request(server, make):
+    with relaying(server, make) as url:
+        response = requests.post(f"{url}/chat/stream", json={"prompt": "Hi", "model": None})
+        refused(server, response, 400, "INVALID_REQUEST")
+
+
+def test_a_host_that_others_reach_needs_the_name_of_the_server(server, capsys):
+    options = ["serve", "--base-url", server.base_url, "--no-key", "-m", "m", "--host", "0.0.0.0"]
+    with pytest.raises(SystemExit) as ended:
+        sheepsse.main(options)
+    assert ended.value.code == 2
+    assert "--host needs --allow-host NAME" in capsys.readouterr().err
+
+
+def test_a_name_that_leads_to_the_server_by_another_s_dns_is_refused(server):
+    with served(server, "--host", "127.0.0.1", "--allow-host", "chat.example") as (url, _):
+        for host, status in (("chat.example:80", 200), ("127.0.0.1", 200), ("evil.example", 401)):
+            with ask(url, headers={"Host": host}) as response:
+                assert response.status_code == status
