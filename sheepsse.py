@@ -9859,7 +9859,7 @@ def batch(
     if workers < 1:
         raise ValueError(f"a batch has 1 worker or more, not {workers}")
     options = typing.cast("dict[str, Any]", params)
-    _check_options(options, {*(stream.__kwdefaults__ or ())} - {"client"})
+    _check_options(options, {*(stream.__kwdefaults__ or ()), *(batch.__kwdefaults__ or ())})
     total = None
     if isinstance(requests, Sequence):
         collections.deque(_with_new_ids(requests), 0)
@@ -12859,7 +12859,7 @@ def _client_of_options(options: Any, **more: Any) -> Client:
     "",
     "Stream the answer of a language model to the terminal.",
     _option("prompt", nargs="*", help="the prompt; what standard input holds goes before it"),
-    _model_option,
+    _ANY_MODEL,
     _provider_options,
     _SYSTEM,
     _MAX_TOKENS,
@@ -12884,6 +12884,8 @@ def _answer_prompt(parser: Any, options: Any) -> int:
     except ValueError as error:
         parser.error(str(error))
     prompt, params = _prompt(parser, options.prompt), _params_of(parser, options)
+    if not options.model:
+        parser.error("there is no model: pass -m MODEL, or set SHEEPSSE_MODEL")
     show = _JSONLines() if options.json else _PlainText()
     answer: Stream | None = None
     try:

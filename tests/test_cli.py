@@ -188,6 +188,9 @@ def test_the_model_may_come_from_the_environment(server):
     assert command("Good day?", *where, env={"SHEEPSSE_MODEL": "m-env"}).returncode == 0
     assert command("Good day?", *where, "-m", "m-own", env={"SHEEPSSE_MODEL": "m-env"}).returncode == 0
     assert [request.json["model"] for request in server.requests] == ["m-env", "m-own"]
+    done = command("Good day?", *where)
+    assert done.returncode == 2
+    assert b"there is no model: pass -m MODEL, or set SHEEPSSE_MODEL" in done.stderr
 
 
 @pytest.mark.parametrize(("word", "near"), [("bathc", "batch"), ("model", "models"), ("chek", "check")])
@@ -195,6 +198,8 @@ def test_a_lone_word_that_is_nearly_a_command_is_not_sent(server, word, near):
     where = ("-m", "m", "--base-url", server.base_url, "--no-key")
     done = command(word, *where)
     assert (done.returncode, server.requests) == (2, [])
+    assert f"did you mean the command '{near}'".encode() in done.stderr
+    done = command(word)  # also without a model
     assert f"did you mean the command '{near}'".encode() in done.stderr
     assert command("hello", *where).returncode == command(word, "it", *where).returncode == 0
 

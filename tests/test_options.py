@@ -99,8 +99,9 @@ def test_options_of_a_client_never_enter_the_body(server):
 
 
 def test_a_misspelt_option_of_a_batch_is_an_error_before_anything_is_sent(server):
-    with pytest.raises(TypeError, match="did you mean temperature="):
-        sheepsse.batch(["one"], model="m", base_url=server.base_url, api_key=False, temprature=0)
+    for wrong, right in (("temprature", "temperature"), ("wokers", "workers"), ("stop_onn", "stop_on")):
+        with pytest.raises(TypeError, match=f"did you mean {right}="):
+            sheepsse.batch(["one"], model="m", base_url=server.base_url, api_key=False, **{wrong: 3})
     assert server.requests == []
 
 
