@@ -640,7 +640,12 @@ class _TupleType(type):
         types: dict[str, str] = namespace["__annotations__"]  # typing would compile each of them
         defaults = [namespace.pop(field) for field in types if field in namespace]
         made: Any = collections.namedtuple(name, types, defaults=defaults)  # type: ignore[misc]
-        for key, value in {"__orig_bases__": bases[0].__orig_bases__, **namespace}.items():
+        members = {"__orig_bases__": bases[0].__orig_bases__, **namespace}
+        if "__iter__" in namespace:  # the usual methods of a named tuple would call it
+            members["_asdict"] = lambda self: dict(zip(types, tuple.__iter__(self)))
+            members["_replace"] = lambda self, **changes: made(**{**self._asdict(), **changes})
+            members["__reduce__"] = lambda self: (made, tuple(self._asdict().values()))
+        for key, value in members.items():
             setattr(made, key, value)
         docs = dict(types)
         for line in (made.__doc__ or "").splitlines():  # python -OO drops docstrings
@@ -777,6 +782,9 @@ class Completion(NamedTuple):
 
     def __str__(self) -> str:
         return self.text
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("a Completion is one whole answer: its text is completion.text; stream() gives the pieces")
 
     @property
     def message(self) -> dict[str, Any]:

@@ -440,3 +440,18 @@ def test_short_pieces_do_not_take_many_times_their_text():
         tracemalloc.stop()
     assert str(answer.text) == text
     assert taken < 2 * len(text)
+
+
+def test_a_completion_is_no_iterator_and_a_value_all_the_same():
+    answer = sheepsse.Completion("Good day", usage=Usage(1, 2, 3), complete=True)
+    for wrong in (iter, list, tuple):
+        with pytest.raises(TypeError, match=r"its text is completion\.text"):
+            wrong(answer)
+    assert answer._asdict()["text"] == "Good day"
+    assert answer._replace(text="Why?") == sheepsse.Completion("Why?", usage=Usage(1, 2, 3), complete=True)
+    with pytest.raises(TypeError, match="txt"):
+        answer._replace(txt="Why?")
+    assert pickle.loads(pickle.dumps(answer)) == copy.copy(answer) == copy.deepcopy(answer) == answer
+    assert hash(answer) == hash(copy.copy(answer))
+    assert repr(answer).startswith("Completion(text='Good day', reasoning=''")
+    assert answer[0] == answer.text
