@@ -851,7 +851,7 @@ def test_check_gives_its_connection_back(server, client):
 
 
 def test_a_client_is_shown_without_its_secrets():
-    assert repr(sheepsse.Client()) == "<sheepsse.Client as the environment says>"
+    assert repr(sheepsse.Client()) == "<sheepsse.Client of the environment>"
     assert repr(sheepsse.Client("openai", api_key=KEY)) == "<sheepsse.Client openai>"
     shown = repr(sheepsse.Client(base_url=f"https://me:pass@h/v1?key={KEY}", api_key=KEY))
     assert shown == "<sheepsse.Client https://h/v1>"
