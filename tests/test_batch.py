@@ -1,5 +1,6 @@
 """Section 12: many requests, results as they come"""
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -754,3 +755,19 @@ def test_a_batch_may_stop_on_any_error(echo):
     with asking(echo) as client, pytest.raises(sheepsse.InvalidRequestError):
         list(batch(PROMPTS, client=client, model="m", workers=1, stop_on=sheepsse.InvalidRequestError))
     assert len(echo.requests) < len(PROMPTS) + 1
+
+
+def test_a_limiter_of_the_callers_own_holds_requests_to_other_processes_too(echo):
+    held = []
+
+    class Own:
+        @contextlib.contextmanager
+        def acquire(self):
+            held.append("slot")
+            yield
+
+    with asking(echo) as client:
+        assert texts(batch(PROMPTS, client=client, executor=Here(), limiter=Own())) == ECHOES
+        bound = sheepsse.Limiter(1).bind(priority=1, user="ann")
+        assert texts(batch(PROMPTS, client=client, executor=Here(), limiter=bound)) == ECHOES
+    assert held == ["slot"] * len(PROMPTS)
